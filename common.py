@@ -1,0 +1,182 @@
+"""One page of plumbing: command line, device, batches, checkpoint, learning rate, log."""
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data.records import UserError
+from data.tokenizer import from_spec
+from model import GPT, GPTConfig, RewardModel, Trunk
+
+
+def run(main, Config):
+    """Read the command line into Config, call main, print a user's mistake as one sentence, exit 1."""
+    source = inspect.getsource(Config)
+    notes = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, re.M))  # a field's comment is its help
+    parser = argparse.ArgumentParser(description=sys.modules[main.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        how = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": field.name.upper()}
+        help = f"{notes.get(field.name, '')} (default {field.default!r})".replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help, **how)
+    try:
+        main(Config(**vars(parser.parse_args())))
+    except (UserError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def pick_device(name):
+    """"auto" is a GPU where there is one, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; no effect on a CPU
+    return torch.device(name)
+
+
+def pad(rows, device="cpu"):
+    """Lists of token ids -> tokens (B,T) filled up with 0 on the right, lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.as_tensor(row)
+    return tokens.to(device), lengths.to(device)
+
+
+def batches(lengths, budget, generator=None):
+    """Lists of indices that cover `lengths` once, each holding at most `budget` tokens with its padding.
+
+    Sorted by length, so that little is padding. With a generator they are made from shuffled pools
+    of about 16 batches and come in random order; without one, shortest first.
+    """
+    order = list(range(len(lengths)))
+    pool = len(order)
+    if generator is not None:
+        order = torch.randperm(len(order), generator=generator).tolist()
+        pool = max(1, int(16 * budget * len(lengths) / max(1, sum(lengths))))
+    made = []
+    for start in range(0, len(order), pool):
+        batch = []
+        for i in sorted(order[start : start + pool], key=lengths.__getitem__):
+            if batch and (len(batch) + 1) * lengths[i] > budget:
+                made.append(batch)
+                batch = []
+            batch.append(i)
+        made.append(batch)
+    if generator is not None:
+        made = [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
+    return made
+
+
+def set_lr(optimizer, lr, step, steps, warmup, floor):
+    """Linear warm-up over `warmup` steps, then half a cosine down to `floor` x lr; returns the rate."""
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    fall = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * rise * fall
+    return lr * rise * fall
+
+
+def clip_and_step(model, optimizer, clip, step):
+    """Clip the gradient's norm, take the step, clear the gradients; returns the norm (a float).
+
+    Raises UserError when the gradient is not finite; then the weights stay as they were.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if not torch.isfinite(norm):
+        worst = max((p.grad.abs().nan_to_num(nan=math.inf).max().item(), name)
+                    for name, p in model.named_parameters() if p.grad is not None)
+        raise UserError(f"step {step}: the gradient is not finite, largest in {worst[1]}; nothing was saved "
+                        "after the last checkpoint; try a smaller --lr")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def keep_previous(path):
+    """Move an earlier run's file to NAME.prev.EXT, one generation back, and say so."""
+    if path.exists():
+        previous = path.with_name(f"{path.stem}.prev{path.suffix}")
+        os.replace(path, previous)
+        print(f"{path} is there already: kept as {previous}")
+
+
+def save(path, model, tokenizer):
+    """Write a checkpoint that `load` and `load_tokenizer` read; the file is there whole or not at all."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    data = {"kind": type(model).__name__, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer.spec(),
+            "pool": model.pool if isinstance(model, RewardModel) else None, "weights": model.state_dict()}
+    with open(beside, "wb") as file:
+        torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())
+    keep_previous(path)
+    os.replace(beside, path)
+
+
+def load(kind, path, dropout=0.0):
+    """A GPT or RewardModel (`kind`, the class) from its checkpoint, on the CPU, in eval mode.
+
+    Dropout is a choice of the run, not of the checkpoint: 0 unless asked for.
+    """
+    data = _read(path)
+    if data["kind"] != kind.__name__:
+        raise UserError(f"{path} holds a {data['kind']}, and a {kind.__name__} is needed here")
+    config = GPTConfig(**{**data["config"], "dropout": dropout})
+    model = GPT(config) if kind is GPT else RewardModel(Trunk(config), data["pool"])
+    try:
+        model.load_state_dict(data["weights"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: the weights do not fit this model.py ({str(error).splitlines()[1].strip()})")
+    return model.eval()
+
+
+def load_tokenizer(path):
+    """The tokenizer that a checkpoint was trained with."""
+    return from_spec(_read(path)["tokenizer"])
+
+
+def _read(path):
+    maker = {"sft.pt": "train_sft.py", "rm.pt": "train_rm.py", "ppo.pt": "ppo.py"}.get(Path(path).name)
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing" + (f": `python {maker}` makes it" if maker else ""))
+    try:
+        data = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # never runs code
+        if not {"kind", "config", "tokenizer", "pool", "weights"} <= data.keys():
+            raise ValueError
+        return data
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AttributeError, IsADirectoryError):
+        raise UserError(f"{path} is no checkpoint of onetrunk, or is damaged")
+
+
+class Log:
+    """One line a step on the terminal, the same numbers as a line of JSON in `path`, the config first."""
+
+    def __init__(self, path, config, steps):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_previous(path)
+        self.file, self.steps, self.start = open(path, "w"), steps, time.time()
+        self._write({"config": dataclasses.asdict(config)})
+
+    def __call__(self, step, **numbers):
+        self._write({"step": step, **numbers})
+        left = (time.time() - self.start) / step * (self.steps - step)
+        shown = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items())
+        print(f"{step:4d}/{self.steps}  {shown}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+
+    def report(self, **numbers):
+        """A result that belongs to no step; the caller prints it."""
+        self._write({"report": numbers})
+
+    def _write(self, line):
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()

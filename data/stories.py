@@ -1,0 +1,266 @@
+"""Stories: a small world whose truth is known. Makes the default data set; no download, 3 seconds.
+
+    python -m data.stories          # writes data/files/stories/*.jsonl (the scripts do it by themselves)
+
+A prompt asks for a story with given parts: "Tell a story about a fox and a lantern." The
+demonstrations are of mixed quality, as human ones are: about half leave out or swap something that
+was asked for, many ramble, many end badly. `gold_score` knows how good a story really is; a rater
+who compares two stories prefers one by a coin weighted with the gold gap (Bradley & Terry 1952), so
+the best accuracy that any reward model can reach on those comparisons is known, too.
+"""
+import itertools
+import json
+import math
+import os
+import random
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "files" / "stories"
+BEST = 1.0  # gold of a perfect story
+SHARPNESS = 10.0  # logits of preference for each unit of gold: a gap of 0.3 is chosen 95% of the time
+SIZES = {"sft": 6000, "sft_val": 400, "preferences": 4000, "preferences_val": 600,
+         "prompts": 4000, "prompts_val": 256}
+
+HEROES = ("fox bear rabbit owl mouse hedgehog wolf frog cat dog duck goose horse badger squirrel turtle "
+          "sparrow crow deer mole otter goat hen pig").split()
+THINGS = ("lantern kite drum boat key bell map basket ladder blanket whistle mirror teapot umbrella book cake "
+          "ball hat candle rope shell fiddle wheel clock").split()
+PLACES = "forest river hill meadow village garden lake mountain barn bridge market beach cave island mill orchard".split()
+WORDS = {
+    "hero": HEROES, "friend": HEROES, "thing": THINGS, "place": PLACES,
+    "kind": "small old brave shy clever sleepy kind hungry merry lonely curious gentle proud quiet".split(),
+    "look": "red blue golden silver wooden dusty shiny heavy tiny broken".split(),
+    "time": "morning evening night Monday Tuesday Friday Saturday Sunday".split(),
+    "where": ["an oak tree", "a stone", "the stairs", "a bush", "the snow", "the leaves", "an old cart", "the roof"],
+    "food": "bread soup honey apples berries pancakes cheese nuts tea plums".split(),
+    "weather": "wind rain fog snow hail thunder".split(),
+}
+OPENINGS = """Once there was a {kind} {hero} who lived near the {place}.
+A {kind} {hero} woke up early one {time}.
+Near the {place} lived a {kind} {hero}.
+One {time} a {kind} {hero} set out from the {place}.
+Long ago a {hero} and a {friend} shared a house by the {place}.
+There was once a {hero} who had lost a {look} {thing}.
+A {hero} came to the {place} with nothing but a {thing}.
+Nobody at the {place} knew the {kind} {hero} by name.""".split("\n")
+MIDDLES = """The {hero} found a {look} {thing} under {where}.
+The {hero} had always wanted a {thing}.
+Behind {where} lay a {look} {thing}.
+So the {hero} carried the {thing} to the {place}.
+The {hero} walked all the way to the {place}.
+At the {place} there was {weather} and not a single light.
+A strong wind came and took the {thing} away.
+"May I help you?" asked a {kind} {friend}.
+"What a fine {thing}!" said the {friend}.
+"Come with me to the {place}," said the {hero}.
+"I will not sleep until I find the {thing}," said the {hero}.
+A {kind} {friend} knew where the {thing} was.
+The {friend} and the {hero} mended the {thing} together.
+They ate {food} and {food} until it was dark.
+The {hero} gave the {friend} some {food}.
+The {thing} was more beautiful than anything at the {place}.
+The {hero} was tired but did not give up.
+With the {thing} in its paws the {hero} ran through the {weather}.
+Soon the whole {place} was talking about the {thing}.
+The {hero} hid the {thing} under {where} and waited.
+Just then a {kind} {friend} came round the corner.
+The {hero} looked at the sky for a while.
+It rained, and then it stopped raining.
+The {friend} talked about {food} and then about the {weather}.
+The {hero} went to the {place} and came back again.""".split("\n")
+HAPPY = """From that day on the {hero} was never lonely again.
+The {hero} and the {friend} were friends for ever.
+That night the {hero} fell asleep with a smile.
+And the {thing} shone in the window for many years.
+And everybody at the {place} danced and sang.
+The {hero} went home happy and ate {food} with everyone.""".split("\n")
+SAD = """Nobody ever saw the {hero} again.
+The {hero} went home and cried.
+And the {thing} was lost for ever.
+The {friend} never spoke to the {hero} again.
+Then the {weather} came, and nothing was left.""".split("\n")
+ASKS = ["Tell a story about {}.", "Write a short story with {}.", "Please tell me a tale of {}.",
+        "I would like to hear about {}."]
+
+
+def _pattern(templates):
+    """One regular expression for all sentences that the templates can make."""
+    sentences = []
+    for template in templates:
+        literal = re.sub(r"\b([Aa])\\ (?=\\\{)", r"\1n?\\ ", re.escape(template))
+        sentences.append(re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?:{'|'.join(WORDS[m[1]])})", literal))
+    return re.compile("|".join(sentences))
+
+
+OPENING, MIDDLE, HAPPY_END, END = _pattern(OPENINGS), _pattern(MIDDLES), _pattern(HAPPY), _pattern(HAPPY + SAD)
+
+
+# ---- the truth ----
+
+def gold_score(prompt, response):
+    """How good a story is, from 0 to 1 (best): gold = valid^2 x (0.4 parts + 0.3 ending + 0.3 length).
+
+    valid: share of its sentences that are sentences of this world, each in its place (an opening
+    first, an ending last, middles between) and not told before. parts: share of the things asked for
+    that occur in valid sentences. ending: 1 if it ends well. length: 1 for 4 or 5 sentences, and
+    1/4 less for each one more or fewer. A story that breaks off ends in no sentence; gibberish gets 0.
+    """
+    sentences = split_sentences(response)
+    if not sentences:
+        return 0.0
+    last = len(sentences) - 1
+    valid = []
+    for i, sentence in enumerate(sentences):
+        pattern = OPENING if i == 0 else END if i == last else MIDDLE
+        if pattern.fullmatch(sentence) and sentence not in valid:
+            valid.append(sentence)
+    words = set(re.findall(r"\w+", " ".join(valid)))
+    asked = asked_for(prompt)
+    parts = sum(part in words for part in asked) / max(1, len(asked))
+    ending = HAPPY_END.fullmatch(sentences[-1]) is not None and last > 0
+    length = max(0.0, 1 - 0.25 * max(4 - len(sentences), len(sentences) - 5, 0))
+    return (len(valid) / len(sentences)) ** 2 * (0.4 * parts + 0.3 * ending + 0.3 * length)
+
+
+def asked_for(prompt):
+    """The parts of the world that a prompt names, e.g. ["fox", "lantern"]."""
+    known = set(HEROES) | set(THINGS) | set(PLACES)
+    return [word for word in re.findall(r"\w+", prompt) if word in known]
+
+
+def split_sentences(text):
+    """A story's sentences; what follows the last full stop counts as one, and can't be valid."""
+    return [s.strip() for s in re.findall(r'"[^"]*"[^.!?"]*[.!?]|[^.!?"]+[.!?]|\S[^.!?]*', text) if s.strip()]
+
+
+def ceiling(prompt, better, worse):
+    """Probability that the rater agrees with the gold order: the best accuracy possible on this pair."""
+    return 1 / (1 + math.exp(-SHARPNESS * abs(gold_score(prompt, better) - gold_score(prompt, worse))))
+
+
+# ---- the generator ----
+
+def a(word):
+    return ("an " if word[0] in "aeiou" else "a ") + word
+
+
+def make_prompt(rng, hero, thing):
+    """A prompt for hero and thing, in half of the cases with a place, and the parts it asks for."""
+    place = rng.choice(PLACES) if rng.random() < 0.5 else None
+    asked = [a(hero), a(thing)] + ([a(place)] if place else [])
+    text = ", ".join(asked[:-1]) + " and " + asked[-1]
+    return rng.choice(ASKS).format(text), {"hero": hero, "thing": thing, "place": place or rng.choice(PLACES)}
+
+
+def fill(rng, template, parts):
+    """A sentence: the story's own parts, other words by chance; "a" becomes "an" where it must."""
+    text = re.sub(r"\{(\w+)\}", lambda m: parts.get(m[1]) or rng.choice(WORDS[m[1]]), template)
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+
+def tell(rng, asked, flaws):
+    """A story as sentences. flaws, any of: "swap" and "drop" a part asked for, "sad", "ramble", "stub"."""
+    missing = rng.choice(["hero", "thing", "place"]) if flaws & {"swap", "drop"} else None
+    parts = dict(asked)
+    if "swap" in flaws:
+        parts[missing] = rng.choice(WORDS[missing])
+    parts["friend"] = rng.choice([hero for hero in HEROES if hero not in (asked["hero"], parts["hero"])])
+    count = 0 if "stub" in flaws else rng.randint(5, 7) if "ramble" in flaws else rng.randint(2, 3)
+    ending = rng.choice(SAD if "sad" in flaws else HAPPY)
+    needed = [part for part in ("hero", "thing", "place") if "drop" not in flaws or part != missing]
+    while True:  # draw until every part that should be told is told
+        opening, middles = rng.choice(OPENINGS), rng.sample(MIDDLES, count)
+        told = " ".join([opening, ending, *middles])
+        if "drop" in flaws and "{" + missing + "}" in " ".join([opening, *middles]) and missing != "hero":
+            continue
+        if "stub" in flaws or all("{" + part + "}" in told for part in needed):
+            return [fill(rng, template, parts) for template in [opening, *middles, ending]]
+
+
+def demonstration(rng, asked):
+    """What somebody wrote when asked: often with something wrong."""
+    chances = {"swap": 0.35, "drop": 0.25, "sad": 0.6, "ramble": 0.5}
+    flaws = {flaw for flaw, chance in chances.items() if rng.random() < chance}
+    return " ".join(tell(rng, asked, flaws))
+
+
+def broken(rng, asked):
+    """Text that no one would hand in, but that a policy may find: a reward model must have seen it."""
+    story = tell(rng, asked, {flaw for flaw in ("swap", "sad", "ramble") if rng.random() < 0.3})
+    words = " ".join(story).split()
+    kind = rng.randrange(8)
+    if kind == 0:  # cut off
+        return " ".join(words[: rng.randint(3, len(words) - 1)])
+    if kind == 1:  # one sentence again and again
+        i = rng.randrange(len(story))
+        return " ".join(story[: i + 1] + [story[i]] * rng.randint(1, 3) + story[i + 1 :])
+    if kind == 2:  # words in a wrong order
+        i = rng.randrange(len(words) - 3)
+        j = min(len(words), i + rng.randint(3, 12))
+        return " ".join(words[:i] + rng.sample(words[i:j], j - i) + words[j:])
+    if kind == 3:  # words left out
+        return " ".join(w for w in words if rng.random() > 0.15)
+    if kind == 4:  # wrong words
+        return " ".join(rng.choice(words + HEROES + THINGS) if rng.random() < 0.15 else w for w in words)
+    if kind == 5:  # too short, with the right ending
+        return " ".join(tell(rng, asked, {"stub"})[rng.randrange(2) :])
+    if kind == 6:  # sentences in a wrong order, or several endings
+        extra = [fill(rng, t, asked) for t in rng.sample(HAPPY, rng.randrange(3))]
+        return " ".join(rng.sample(story, len(story)) if not extra else story + extra)
+    i = rng.randrange(1, len(story))  # a sentence left out, mostly the ending
+    return " ".join(story[:-1] if rng.random() < 0.6 else story[:i] + story[i + 1 :])
+
+
+def responses(rng, asked, count):
+    """Different stories for one prompt: good, ordinary and broken ones."""
+    made = []
+    while len(made) < count:
+        draw = rng.random()
+        story = broken(rng, asked) if draw < 0.3 else demonstration(rng, asked) if draw < 0.85 else \
+            " ".join(tell(rng, asked, set()))
+        if story not in made:
+            made.append(story)
+    return [" " + story for story in made]
+
+
+def rank(rng, prompt, stories):
+    """The rater's order, best first: gold plus Gumbel noise, so that any two of them are a Bradley-Terry
+    comparison with SHARPNESS x gold as logits (Plackett 1975; Luce 1959)."""
+    noisy = {s: SHARPNESS * gold_score(prompt, s) - math.log(-math.log(rng.random())) for s in stories}
+    return sorted(stories, key=noisy.__getitem__, reverse=True)
+
+
+def make(folder=FOLDER, seed=0):
+    """Write the data set unless it is there; returns its folder. Heroes and things meet in a prompt of
+    validation that never meet in one of training."""
+    if folder.exists():
+        return folder
+    rng = random.Random(seed)
+    pairs = list(itertools.product(HEROES, THINGS))
+    rng.shuffle(pairs)
+    pairs.sort(key=("fox", "lantern").__ne__)  # README's prompt is one of the held-out ones
+    held_out = len(pairs) // 10
+    beside = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    beside.mkdir(parents=True)
+    for name, size in SIZES.items():
+        pool = pairs[:held_out] if name.endswith("_val") else pairs[held_out:]
+        with open(beside / f"{name}.jsonl", "w") as file:
+            for _ in range(size):
+                prompt, asked = make_prompt(rng, *rng.choice(pool))
+                file.write(json.dumps(_line(rng, name, prompt, asked)) + "\n")
+    os.replace(beside, folder)
+    print(f"made the stories data in {folder}")
+    return folder
+
+
+def _line(rng, name, prompt, asked):
+    if name.startswith("sft"):
+        return {"prompt": prompt, "completion": " " + demonstration(rng, asked)}
+    if name.startswith("preferences"):
+        return {"prompt": prompt, "responses": rank(rng, prompt, responses(rng, asked, 4))}
+    return {"prompt": prompt}
+
+
+if __name__ == "__main__":
+    make()

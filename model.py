@@ -1,0 +1,327 @@
+"""The network: one transformer trunk and the two heads that read it.
+
+    B batch   T time   C = d_model   H heads   D head size   V vocabulary   P prompt length
+
+    tokens (B,T) -> Trunk -> h (B,T,C) -> lm_head      C x V -> logits (B,T,V)   GPT: what comes next?
+                                       -> reward_head  C x 1 -> values (B,T)     RewardModel: how good is it?
+
+Everything is right-padded and every row carries its own length. A pad is never looked at by a real
+token, because attention only looks back; so no padding mask and no pad token exist anywhere.
+The architecture is GPT-2's (Radford et al. 2019, section 2.3), with its weight names spelled out.
+"""
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**24  # numbers of logits held in one piece: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of the network; the defaults are GPT-2 small, which is also GPT-3 small."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    d_model: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+    def __post_init__(self):
+        if self.d_model % self.n_head:
+            raise ValueError(f"d_model {self.d_model} is no multiple of n_head {self.n_head}")
+
+
+class KVCache:
+    """Keys and values of the tokens read so far. Each row has its own length and its own next place.
+
+    `k` and `v` are (L,B,S,H,D) for L layers and room for S tokens. Rows of unequal length need no
+    left padding: a row writes at its own position and looks at the positions up to its own.
+    """
+
+    def __init__(self, trunk, B, S):
+        config, weight = trunk.config, trunk.wte.weight
+        shape = (config.n_layer, B, S, config.n_head, config.d_model // config.n_head)
+        # zeros, not empty: a masked place has weight 0, and 0 * NaN would be NaN
+        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.length = torch.zeros(B, dtype=torch.long, device=weight.device)
+        self.filled = 0  # no row is longer than this
+
+    def advance(self, T):
+        """Make place for T more tokens a row; returns their positions (B,T)."""
+        positions = self.length[:, None] + torch.arange(T, device=self.length.device)
+        self.length, self.filled = self.length + T, self.filled + T
+        seen = torch.arange(self.filled, device=self.length.device)
+        self.visible = seen <= positions[:, None, :, None]  # (B,1,T,filled)
+        return positions
+
+    def write(self, layer, positions, k, v):
+        """Store k and v (B,T,H,D) at `positions` (B,T); returns all of that layer so far."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.k[layer][rows, positions] = k
+        self.v[layer][rows, positions] = v
+        return self.k[layer][:, : self.filled], self.v[layer][:, : self.filled]
+
+    def keep(self, rows):
+        """Forget all rows but `rows`, a boolean mask (B,)."""
+        self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
+        self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x, positions, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # 3 x (B,T,H,D)
+        if cache is not None:
+            k, v = cache.write(self.layer, positions, k, v)  # (B,S,H,D), S tokens so far
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            attn_mask=None if cache is None else cache.visible,
+            is_causal=cache is None,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # (B,H,T,D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.d_model, 4 * config.d_model, bias=config.bias)
+        self.proj = nn.Linear(4 * config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.up(x), approximate="tanh"))  # GPT-2 was trained with this form
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, positions, cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), positions, cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class Trunk(nn.Module):
+    """Everything between the tokens and a head. Written once, used by every model and every stage."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wpe = nn.Embedding(config.block_size, config.d_model)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.apply(self._init)
+
+    def _init(self, module):
+        # GPT-2's 0.02 at its width of 768, and wider for narrower nets: with 0.02 at d_model 128 the
+        # stories were at loss 0.90 after 400 steps, and no head copied from the prompt; so, at 0.66
+        std = 0.02 * math.sqrt(768 / self.config.d_model)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, (Attention, MLP)):  # GPT-2, section 2.3: residual branches start small
+            nn.init.normal_(module.proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
+
+    def forward(self, tokens, cache=None):
+        """tokens (B,T) -> h (B,T,C), after the final norm.
+
+        With a `KVCache` the tokens continue what the cache holds, each row at its own position.
+        Raises ValueError when a row would be longer than block_size.
+        """
+        return self.encode(self.wte(tokens), cache)
+
+    def encode(self, x, cache=None):
+        """The same from token embeddings x (B,T,C): for an input that is no vocabulary entry."""
+        T = x.shape[1]
+        if T + (cache.filled if cache else 0) > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
+        positions = cache.advance(T) if cache else torch.arange(T, device=x.device)
+        x = self.drop(x + self.wpe(positions))
+        for block in self.blocks:
+            x = block(x, positions, cache)
+        return self.ln_f(x)
+
+
+class GPT(nn.Module):
+    """Trunk plus an explicit vocabulary head, d_model x vocab_size, tied to the token embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head.weight = self.trunk.wte.weight  # tied: Press & Wolf 2017
+
+    def forward(self, tokens):
+        """tokens (B,T) -> logits (B,T,V), always of every position."""
+        return self.lm_head(self.trunk(tokens))
+
+    def logps(self, h, targets, temperature=1.0):
+        """Log-probability of each target token: h (N,C), targets (N,) -> (N,) float32, in nats.
+
+        The head runs only on the N positions given, and in pieces that are computed again in the
+        backward pass, so that (B,T,V) logits are never held. Equals log_softmax(logits/temperature)
+        gathered at the target, to rounding.
+        """
+        piece = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(h) <= piece:
+            return self._logps(h, targets, temperature)
+        pieces = zip(h.split(piece), targets.split(piece))
+        return torch.cat([checkpoint(self._logps, a, b, temperature, use_reentrant=False,
+                                     preserve_rng_state=False) for a, b in pieces])
+
+    def _logps(self, h, targets, temperature):
+        logits = self.lm_head(h).float() / temperature
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    @torch.inference_mode()
+    def generate(self, tokens, lengths, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                 eos=None, generator=None):
+        """Continue each row after its own length: tokens (B,P), lengths (B,) -> (tokens, lengths).
+
+        The new lengths count prompt and response, `eos` included; beyond them the tokens are 0.
+        A row stops at its first new `eos` (None: never); temperature 0 takes the likeliest token.
+        Each row uses its own row of random numbers, so it does not depend on the rows beside it.
+        Raises ValueError when P + max_new_tokens > block_size: the prompt is never cropped.
+        """
+        B, P = tokens.shape
+        if P + max_new_tokens > self.config.block_size:
+            raise ValueError(f"prompt {P} + {max_new_tokens} new tokens > block_size "
+                             f"{self.config.block_size}")
+        uniform = torch.rand(B, max_new_tokens, generator=generator, device=tokens.device)
+        cache = KVCache(self.trunk, B, P + max_new_tokens)
+        rows = torch.arange(B, device=tokens.device)  # which row of the batch each live row is
+        h = self.trunk(tokens, cache)[rows, lengths - 1]  # (B,C)
+        cache.length = lengths.clone()  # what was read beyond a prompt's end will be written over
+        real = torch.arange(P, device=tokens.device) < lengths[:, None]
+        tokens = F.pad(tokens * real, (0, max_new_tokens))
+        lengths = lengths.clone()
+        done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        for step in range(max_new_tokens):
+            token = sample(self.lm_head(h), uniform[rows, step], temperature, top_k, top_p)
+            tokens[rows, lengths[rows]] = token.masked_fill(done, 0)
+            lengths[rows] += ~done
+            if eos is not None:
+                done |= token == eos
+                finished = int(done.sum())
+                if finished == len(rows):
+                    break
+                if finished * 4 >= len(rows):  # dropping copies the cache: wait until it pays
+                    going = ~done
+                    cache.keep(going)
+                    rows, token, done = rows[going], token[going], done[going]
+            if step + 1 < max_new_tokens:
+                h = self.trunk(token[:, None], cache)[:, 0]
+        return tokens[:, : int(lengths.max())], lengths
+
+
+def sample(logits, uniform, temperature=1.0, top_k=None, top_p=None):
+    """Draw one token a row: logits (B,V), uniform (B,) in [0,1) -> (B,).
+
+    Inverse of the cumulative distribution, with one random number a row instead of V of them.
+    top_k keeps the k likeliest tokens, top_p the fewest whose probabilities add up to top_p
+    (Holtzman et al. 2020). Temperature 0 takes the likeliest token.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        ordered, index = logits.softmax(-1).sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
+        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        logits = logits.masked_fill(outside, -torch.inf)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # (1 - uniform) lies in (0,1]: the first place that reaches it always has probability > 0
+    threshold = (1 - uniform[:, None]) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold).squeeze(-1)
+
+
+class RewardModel(nn.Module):
+    """Trunk plus a head of d_model x 1: the vocabulary head and its softmax are gone.
+
+    `pool` says where the text is read: "last" real token, "mean" or "max" over the real tokens, or
+    an appended reward "token", a learned embedding that is no vocabulary entry.
+    The same class is the critic of PPO: `forward` gives a value for every prefix.
+    """
+
+    POOLS = ("last", "mean", "max", "token")
+
+    def __init__(self, trunk, pool="last"):
+        super().__init__()
+        if pool not in self.POOLS:
+            raise ValueError(f"pool {pool!r} is none of {', '.join(self.POOLS)}")
+        self.config, self.trunk, self.pool = trunk.config, trunk, pool
+        self.reward_head = nn.Linear(self.config.d_model, 1)
+        # Ziegler et al. 2019: h has norm ~ sqrt(d_model) after the final norm, so scores start ~ N(0,1)
+        nn.init.normal_(self.reward_head.weight, std=1 / math.sqrt(self.config.d_model + 1))
+        nn.init.zeros_(self.reward_head.bias)
+        if pool == "token":
+            self.reward_token = nn.Parameter(0.02 * torch.randn(self.config.d_model))
+        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    @classmethod
+    def from_gpt(cls, gpt, pool="last"):
+        """The head swap: a copy of the trunk without the vocabulary head, under a new reward head."""
+        return cls(copy.deepcopy(gpt.trunk), pool)
+
+    def forward(self, tokens):
+        """tokens (B,T) -> values (B,T): one score for every prefix, in standard deviations.
+
+        "mean" and "max" pool over the prefix. With "token" this is the head on each hidden state,
+        without the reward token: what a critic made from this model starts from.
+        """
+        h = self.trunk(tokens)
+        if self.pool == "mean":
+            h = h.cumsum(1) / torch.arange(1, h.shape[1] + 1, device=h.device)[:, None]
+        elif self.pool == "max":
+            h = h.cummax(1).values
+        return self._head(h)
+
+    def score(self, tokens, lengths):
+        """Score of each whole text: tokens (B,T), lengths (B,) of real tokens -> (B,)."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        if self.pool != "token":
+            return self(tokens)[rows, lengths - 1]  # the score is the value of the whole text
+        x = F.pad(self.trunk.wte(tokens), (0, 0, 0, 1))  # (B,T+1,C)
+        x[rows, lengths] = self.reward_token.to(x.dtype)
+        return self._head(self.trunk.encode(x)[rows, lengths])
+
+    def _head(self, h):
+        return (self.reward_head(h).squeeze(-1).float() - self.shift) / self.scale
+
+    @torch.no_grad()
+    def normalise(self, scores):
+        """Store shift and scale so that `scores` (N,), made by this model, get mean 0 and sd 1.
+
+        Raises ValueError when the model carries a normalisation already: it is never applied twice.
+        """
+        if self.shift != 0 or self.scale != 1:
+            raise ValueError("this reward model is normalised already")
+        if len(scores) < 2 or not scores.std() > 0:
+            raise ValueError("scores that are all equal can't be normalised")
+        self.shift.copy_(scores.mean())
+        self.scale.copy_(scores.std(unbiased=False))

@@ -1,0 +1,441 @@
+"""Prompts -> out/ppo.pt: the SFT model is moved uphill on the reward model's scores (Schulman et al. 2017).
+
+Four models: the policy, which learns; the reference, a frozen copy of it that keeps it near the text it
+knows; the reward model, frozen; the critic, a copy of the reward model that learns to foresee its score.
+One update is: rollout -> judge -> advantages -> improve. Where the sources differ, this is what is done
+(Ziegler et al. 2019, Stiennon et al. 2020, Huang et al. 2024, "The N+ implementation details"):
+ 1. sampling at temperature 1 with no top-k or top-p, so that the sampler is the policy that is scored;
+ 2. log-probs are computed again by the function that the update uses, so the first ratio is exactly 1;
+ 3. the penalty per token is k1 = logp - ref_logp, in the reward (k3 there is almost no anchor);
+ 4. the score is added at the end-of-text token; a response that has none gets a fixed penalty instead;
+ 5. gamma 1, lambda 0.95; advantages are whitened over the response tokens of the whole batch;
+ 6. critic and policy share nothing, so each has its own optimizer and no weighting of their losses.
+
+Position t of every (B,T-1) tensor speaks of the choice of token t+1, and the value there is that of the
+text before the choice. `mask` is true where the policy wrote that token, end-of-text included.
+
+    python ppo.py                                  # after train_sft.py and train_rm.py
+    python ppo.py --reward my_file.py:function     # function(prompts, responses) -> list of floats
+"""
+import copy
+import importlib.util
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run, save
+from data.records import open_data, read_prompts, read_sft
+from model import GPT, RewardModel
+from train_sft import encode as encode_sft
+from train_sft import sft_batch, sft_loss
+
+
+@dataclass
+class Config:
+    data: str = "stories"  # folder with prompts.jsonl, or "stories"
+    out: str = "out"  # folder with sft.pt and rm.pt, and for the results
+    reward: str = ""  # FILE.py:FUNCTION instead of out/rm.pt; this runs the code in that file
+    updates: int = 50  # rollouts with an update each
+    batch: int = 64  # prompts in a rollout
+    max_new_tokens: int = 100  # longest response
+    temperature: float = 1.0  # of sampling and of every log-prob
+    epochs: int = 4  # passes over each rollout
+    minibatches: int = 1  # optimizer steps in a pass
+    batch_tokens: int = 4096  # tokens in a forward pass, padding included; changes no result
+    lr: float = 3e-4  # peak for the policy; warm-up over 5 updates, then linear to 0
+    critic_lr: float = 3e-4  # the same for the critic
+    kl_coef: float = 0.05  # price of a nat of KL to the reference, in standard deviations of score
+    kl_target: float = 0.0  # if > 0, kl_coef is steered towards this KL (nats a response)
+    kl_horizon: int = 1000  # responses over which kl_coef may change about twofold
+    update_kl: float = 0.05  # inner passes end when KL(old, new) a token is above 1.5 x this
+    no_eos_score: float = -1.0  # score of a response that does not end: one sd below the SFT model
+    clip: float = 0.2  # of the ratio, and of the step of a value
+    lam: float = 0.95  # lambda of GAE; gamma is 1: a response is one episode
+    ptx_coef: float = 0.0  # weight of the SFT loss mixed in (PPO-ptx; Ouyang et al. 2022, eq. 2)
+    seed: int = 1  # of order and samples
+    device: str = "auto"  # "cuda", "mps", "cpu"
+    skip_bad: bool = False  # leave out lines that can't be used, and count them
+
+
+# ---- the mathematics: pure functions on (B,T-1) ----
+
+def masked_mean(x, mask):
+    """Mean of x where mask is true; what stands elsewhere, NaN included, has no influence."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum()
+
+
+def whiten(x, mask, shift_mean=True):
+    """x with mean 0 and variance 1 under the mask (population variance), 0 elsewhere.
+
+    shift_mean=False leaves the mean where it is.
+    """
+    mean = masked_mean(x, mask)
+    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
+    return torch.where(mask, white if shift_mean else white + mean, 0.0)
+
+
+def gae(reward, value, mask, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): -> (adv, ret), 0 outside the mask.
+
+    After the last token of a response comes nothing, so its next value is 0. ret = adv + value is the
+    critic's target: take it before adv is whitened.
+    """
+    reward, value = torch.where(mask, reward, 0.0), torch.where(mask, value, 0.0)
+    adv = torch.zeros_like(reward)
+    following, next_value = torch.zeros_like(reward[:, 0]), torch.zeros_like(reward[:, 0])
+    for t in reversed(range(reward.shape[1])):
+        following = reward[:, t] + gamma * next_value - value[:, t] + gamma * lam * following
+        adv[:, t], next_value = following, value[:, t]
+    adv = torch.where(mask, adv, 0.0)
+    return adv, adv + value
+
+
+def policy_loss(logp, old_logp, adv, mask, clip):
+    """Clipped surrogate (Schulman et al. 2017, eq. 7) -> (loss, clip_fraction).
+
+    clip_fraction is the share of tokens where the clip binds, so that no gradient flows.
+    """
+    ratio = torch.exp(torch.where(mask, logp - old_logp, 0.0))
+    free, held = -adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip)
+    return masked_mean(torch.maximum(free, held), mask), masked_mean((held > free).float(), mask)
+
+
+def value_loss(value, old_value, ret, mask, clip):
+    """One half of the larger of the squared errors of the value and of the value clipped to +-clip around
+    the old one (Ziegler et al. 2019)."""
+    value, old_value = torch.where(mask, value, 0.0), torch.where(mask, old_value, 0.0)
+    held = old_value + (value - old_value).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.maximum((value - ret) ** 2, (held - ret) ** 2), mask)
+
+
+def approx_kl(logp, old_logp, mask):
+    """KL(old, new) a token in nats by k3 = (ratio - 1) - log ratio: unbiased, never negative (Schulman 2020)."""
+    log_ratio = torch.where(mask, logp - old_logp, 0.0)
+    return masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
+
+
+def explained_variance(value, ret, mask):
+    """1 - mean squared error / variance of the returns; nan when the returns don't vary."""
+    spread = masked_mean((ret - masked_mean(ret, mask)) ** 2, mask)
+    return (1 - masked_mean((value - ret) ** 2, mask) / spread).item() if spread > 1e-12 else math.nan
+
+
+def adapt_kl_coef(kl_coef, kl, target, n, horizon):
+    """Ziegler et al. 2019, section 2.2: the coefficient follows the KL, by at most 20% of n/horizon a time."""
+    return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
+
+
+def token_logps(gpt, tokens, temperature, mask=None):
+    """Log-probability of every token after the first: tokens (B,T) -> (B,T-1), in nats.
+
+    The one function that scores tokens, for old, new and reference alike. With a mask (B,T-1) the
+    vocabulary head runs only where it is true, and the rest is 0.
+    """
+    if mask is None:
+        mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    h = gpt.trunk(tokens[:, :-1])
+    logp = torch.zeros(mask.shape, device=tokens.device)
+    return logp.masked_scatter(mask, gpt.logps(h[mask], tokens[:, 1:][mask], temperature))
+
+
+def response_mask(lengths, P, T):
+    """(B,T-1): true where token t+1 belongs to the response, given whole lengths and prompt lengths (B,)."""
+    written = torch.arange(1, T, device=lengths.device)
+    return (written >= P[:, None]) & (written < lengths[:, None])
+
+
+# ---- the four phases of an update ----
+
+@torch.inference_mode()
+def rollout(policy, prompts, eos, cfg, generator):
+    """Prompts (token lists) -> the policy's responses: tokens (B,T), lengths, P (B,), mask (B,T-1), ended (B,)."""
+    tokens, P = pad(prompts, policy.lm_head.weight.device)
+    tokens, lengths = policy.generate(tokens, P, cfg.max_new_tokens, cfg.temperature, eos=eos, generator=generator)
+    last = tokens[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+    return {"tokens": tokens, "lengths": lengths, "P": P, "mask": response_mask(lengths, P, tokens.shape[1]),
+            "ended": last == eos}
+
+
+@torch.inference_mode()
+def judge(batch, policy, ref, critic, reward, cfg):
+    """Adds logp, ref_logp, value (B,T-1) and score (B,): under inference mode, so nothing of it is trained.
+
+    A response without end-of-text gets cfg.no_eos_score, whatever the reward model makes of it.
+    """
+    B, T = batch["mask"].shape[0], batch["tokens"].shape[1]
+    new = {name: torch.zeros(B, T - 1, device=batch["tokens"].device) for name in ("logp", "ref_logp", "value")}
+    new["score"] = torch.zeros(B, device=batch["tokens"].device)
+    for index, b in micro_batches(batch, range(B), cfg.batch_tokens):
+        t = b["mask"].shape[1]
+        new["logp"][index, :t] = token_logps(policy, b["tokens"], cfg.temperature, b["mask"])
+        new["ref_logp"][index, :t] = token_logps(ref, b["tokens"], cfg.temperature, b["mask"])
+        new["value"][index, :t] = critic(b["tokens"][:, :-1])
+        new["score"][index] = reward(b["tokens"], b["lengths"], b["P"])
+    if not torch.isfinite(new["score"]).all():
+        raise UserError("a score is not finite; nothing was saved")
+    new["score"] = torch.where(batch["ended"], new["score"], cfg.no_eos_score)
+    return {**batch, **new}
+
+
+@torch.inference_mode()
+def advantages(batch, kl_coef, lam):
+    """Adds reward, adv, ret (B,T-1): reward = -kl_coef (logp - ref_logp), and the score at the last token."""
+    reward = torch.where(batch["mask"], -kl_coef * (batch["logp"] - batch["ref_logp"]), 0.0)
+    rows = torch.arange(len(reward), device=reward.device)
+    reward[rows, batch["lengths"] - 2] += batch["score"]
+    adv, ret = gae(reward, batch["value"], batch["mask"], 1.0, lam)
+    return {**batch, "reward": reward, "adv": whiten(adv, batch["mask"]), "ret": ret}
+
+
+def improve(policy, critic, optimizers, batch, cfg, update, generator, ptx=None):
+    """Epochs x minibatches of clipped steps on policy and critic; returns the numbers of the last one.
+
+    A minibatch goes through in micro-batches of like length, each weighted by its tokens, so their size
+    changes no result. When KL(old, new) is above 1.5 x cfg.update_kl the gradients are thrown away.
+    """
+    for _ in range(cfg.epochs):
+        for part in torch.randperm(len(batch["tokens"]), generator=generator).chunk(cfg.minibatches):
+            stats = minibatch_backward(policy, critic, batch, part.tolist(), cfg)
+            if stats["update_kl"] > 1.5 * cfg.update_kl:
+                policy.zero_grad(set_to_none=True)
+                critic.zero_grad(set_to_none=True)
+                return stats
+            if ptx:
+                loss, count = sft_loss(policy, *ptx())
+                (cfg.ptx_coef * loss / count).backward()
+            stats["grad_norm"] = clip_and_step(policy, optimizers[0], 1.0, update)
+            clip_and_step(critic, optimizers[1], 1.0, update)
+    return stats
+
+
+def minibatch_backward(policy, critic, batch, part, cfg):
+    """Gradients of one minibatch, rows `part`, left in .grad of policy and critic; returns its numbers."""
+    total = batch["mask"][part].sum()
+    stats = {"ratio": 0.0, "clipped": 0.0, "update_kl": 0.0, "value_loss": 0.0}
+    for _, b in micro_batches(batch, part, cfg.batch_tokens):
+        share, mask = b["mask"].sum() / total, b["mask"]
+        logp = token_logps(policy, b["tokens"], cfg.temperature, mask)
+        loss, clipped = policy_loss(logp, b["logp"], b["adv"], mask, cfg.clip)
+        v_loss = value_loss(critic(b["tokens"][:, :-1]), b["value"], b["ret"], mask, cfg.clip)
+        (share * (loss + v_loss)).backward()
+        with torch.no_grad():
+            numbers = {"ratio": masked_mean((logp - b["logp"]).exp(), mask), "clipped": clipped,
+                       "update_kl": approx_kl(logp, b["logp"], mask), "value_loss": v_loss}
+        for name, x in numbers.items():
+            stats[name] += (share * x).item()
+    return stats
+
+
+def micro_batches(batch, rows, budget):
+    """(rows, batch of those rows) in pieces of at most `budget` tokens, like lengths together, cut to the longest."""
+    rows, lengths = list(rows), batch["lengths"].tolist()
+    for piece in batches([lengths[i] for i in rows], budget):
+        index = [rows[i] for i in piece]
+        T = max(lengths[i] for i in index)
+        b = {name: x[index] for name, x in batch.items()}
+        yield index, {name: x[:, : T if name == "tokens" else T - 1] if x.dim() == 2 else x for name, x in b.items()}
+
+
+# ---- where scores come from ----
+
+def model_reward(rm):
+    """The reward model as a function of (tokens, lengths, P)."""
+    return lambda tokens, lengths, P: rm.score(tokens, lengths)
+
+
+def text_reward(function, name, tokenizer):
+    """A user's function(prompts, responses) -> list of floats as a function of (tokens, lengths, P)."""
+    def reward(tokens, lengths, P):
+        prompts, responses = split_texts(tokens, lengths, P, tokenizer)
+        scores = list(function(prompts, responses))
+        if len(scores) != len(prompts) or not all(isinstance(s, (int, float)) and math.isfinite(s) for s in scores):
+            raise UserError(f"--reward {name} must return {len(prompts)} finite numbers for {len(prompts)} responses, "
+                            f"it returned {str(scores)[:80]}")
+        return torch.tensor(scores, dtype=torch.float32, device=tokens.device)
+    return reward
+
+
+def split_texts(tokens, lengths, P, tokenizer):
+    """tokens (B,T) -> prompts, responses as texts."""
+    rows = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+    return ([tokenizer.decode(row[:p]) for row, p in zip(rows, P.tolist())],
+            [tokenizer.decode(row[p:]) for row, p in zip(rows, P.tolist())])
+
+
+def import_function(name):
+    """The function in "FILE.py:FUNCTION". This runs the code in that file."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--reward {name}: there is no file {path!r}; it takes FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(vars(module).get(function)):
+        raise UserError(f"--reward {name}: {path} has no function {function!r}")
+    return vars(module)[function]
+
+
+def load_models(cfg, device):
+    """policy, reference, critic, reward function and tokenizer, from out/sft.pt and out/rm.pt or --reward."""
+    out = Path(cfg.out)
+    policy, tokenizer = load(GPT, out / "sft.pt").to(device), load_tokenizer(out / "sft.pt")
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    if cfg.reward:
+        reward = text_reward(import_function(cfg.reward), cfg.reward, tokenizer)
+        critic = RewardModel.from_gpt(policy)
+        torch.nn.init.zeros_(critic.reward_head.weight)  # nothing is known of these scores: start at 0
+        return policy, ref, critic, reward, tokenizer
+    rm = load(RewardModel, out / "rm.pt").to(device).requires_grad_(False)
+    if load_tokenizer(out / "rm.pt").spec() != tokenizer.spec():
+        raise UserError(f"{out / 'rm.pt'} was trained with another tokenizer than {out / 'sft.pt'}: train it again")
+    return policy, ref, copy.deepcopy(rm).requires_grad_(True), model_reward(rm), tokenizer
+
+
+def encode_prompts(prompts, tokenizer, room, name):
+    """Prompts as token lists; one longer than `room` loses its beginning. That is counted and printed."""
+    if room < 1:
+        raise UserError("--max-new-tokens leaves no room for a prompt in the model's block_size")
+    rows = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
+    if long := sum(len(row) > room for row in rows):
+        print(f"{name}: {long} of {len(rows)} prompts cut from the left to {room} tokens")
+    return [row[-room:] for row in rows]
+
+
+def cycle(n, size, generator):
+    """Index lists of `size`, each epoch a fresh permutation of range(n); goes on for ever."""
+    left = []
+    while True:
+        while len(left) < size:
+            left += torch.randperm(n, generator=generator).tolist()
+        yield left[:size]
+        left = left[size:]
+
+
+# ---- report ----
+
+def evaluate(policy, ref, critic, reward, prompts, tokenizer, world, cfg, device):
+    """One response to each held-out prompt, always with the same random numbers: means, and what was written."""
+    generator = torch.Generator(device).manual_seed(0)
+    result = {"score": [], "kl": [], "gold": [], "eos": [], "length": [], "texts": []}
+    for start in range(0, len(prompts), 128):
+        batch = rollout(policy, prompts[start : start + 128], tokenizer.eos, cfg, generator)
+        batch = judge(batch, policy, ref, critic, reward, cfg)
+        result["score"] += batch["score"].tolist()
+        result["kl"] += torch.where(batch["mask"], batch["logp"] - batch["ref_logp"], 0.0).sum(1).tolist()
+        result["eos"] += batch["ended"].float().tolist()
+        result["length"] += batch["mask"].sum(1).float().tolist()
+        texts = split_texts(batch["tokens"], batch["lengths"], batch["P"], tokenizer)
+        result["texts"] += list(zip(*texts))
+        result["gold"] += [world.gold_score(*text) for text in zip(*texts)] if world else []
+    return result
+
+
+def mean(x):
+    return sum(x) / len(x) if x else None
+
+
+def means(result):
+    """The mean of every list of numbers in a result of `evaluate`."""
+    return {name: mean(x) for name, x in result.items() if name != "texts" and x}
+
+
+def win_rate(after, before):
+    """Share of prompts whose number is larger after than before; ties count half."""
+    return mean([(a > b) + 0.5 * (a == b) for a, b in zip(after, before)])
+
+
+def print_table(before, after, world, show=4):
+    """The same held-out prompts under the SFT model and under PPO, then the first few texts, unedited."""
+    print(f"\n{len(before['texts'])} held-out prompts   " + "".join(f"{name:>9}" for name in means(before)))
+    for name, result in (("SFT", before), ("PPO", after)):
+        print(f"{name:<21}   " + "".join(f"{x:9.3f}" for x in means(result).values()))
+    print(f"PPO scores higher than SFT in {win_rate(after['score'], before['score']):.1%}", end="")
+    if world:
+        closed = (mean(after["gold"]) - mean(before["gold"])) / (world.BEST - mean(before["gold"]))
+        print(f", has more gold in {win_rate(after['gold'], before['gold']):.1%}; of the gold between the SFT model "
+              f"and the best possible it gained {closed:.1%}", end="")
+    print(" (ties half)")
+    for i in range(min(show, len(before["texts"]))):
+        print(f"\n{before['texts'][i][0]}")
+        for name, result in (("SFT", before), ("PPO", after)):
+            gold = f", gold {result['gold'][i]:.2f}" if world else ""
+            print(f"  {name} (score {result['score'][i]:+.2f}{gold}):{result['texts'][i][1]}")
+    print()
+
+
+def rollout_stats(batch, tokenizer, world):
+    """Means over a rollout: of responses, or of response tokens under the mask."""
+    mask = batch["mask"]
+    stats = {"score": batch["score"].mean().item()}
+    if world:
+        texts = split_texts(batch["tokens"], batch["lengths"], batch["P"], tokenizer)
+        stats["gold"] = mean([world.gold_score(*text) for text in zip(*texts)])
+    stats["kl"] = torch.where(mask, batch["logp"] - batch["ref_logp"], 0.0).sum(1).mean().item()
+    stats["entropy"] = -masked_mean(batch["logp"], mask).item()  # an unbiased estimate, in nats a token
+    stats["eos"], stats["length"] = batch["ended"].float().mean().item(), mask.sum(1).float().mean().item()
+    stats["explained"] = explained_variance(batch["value"], batch["ret"], mask)
+    return stats
+
+
+def main(cfg):
+    torch.manual_seed(cfg.seed)
+    device = pick_device(cfg.device)
+    order, generator = torch.Generator().manual_seed(cfg.seed), torch.Generator(device).manual_seed(cfg.seed)
+    out = Path(cfg.out)
+    policy, ref, critic, reward, tokenizer = load_models(cfg, device)
+    folder, world = open_data(cfg.data)
+
+    room = policy.config.block_size - cfg.max_new_tokens - (critic.pool == "token")
+    prompts = encode_prompts(read_prompts(folder / "prompts.jsonl", cfg.skip_bad), tokenizer, room, "prompts.jsonl")
+    val = encode_prompts(read_prompts(folder / "prompts_val.jsonl", cfg.skip_bad), tokenizer, room, "prompts_val.jsonl")
+    ptx = None
+    if cfg.ptx_coef:
+        rows = encode_sft(read_sft(folder / "sft.jsonl", cfg.skip_bad), tokenizer, policy.config.block_size, "sft.jsonl")
+        ptx_index = cycle(len(rows), cfg.batch, order)
+        ptx = lambda: sft_batch([rows[i] for i in next(ptx_index)], device)
+
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0)
+                  for model, lr in ((policy, cfg.lr), (critic, cfg.critic_lr))]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda u: min(1, (u + 1) / 5) * (1 - u / cfg.updates))
+                 for o in optimizers]
+    log = Log(out / "ppo.jsonl", cfg, cfg.updates)
+    held_out = (ref, critic, reward, val, tokenizer, world, cfg, device)
+    before = evaluate(policy, *held_out)
+    print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out: {describe(means(before))}")
+
+    kl_coef, index = cfg.kl_coef, cycle(len(prompts), cfg.batch, order)
+    for update in range(1, cfg.updates + 1):
+        start = time.time()
+        batch = rollout(policy, [prompts[i] for i in next(index)], tokenizer.eos, cfg, generator)
+        batch = advantages(judge(batch, policy, ref, critic, reward, cfg), kl_coef, cfg.lam)
+        stats = rollout_stats(batch, tokenizer, world)
+        stats |= improve(policy, critic, optimizers, batch, cfg, update, order, ptx)
+        if cfg.kl_target:
+            kl_coef = adapt_kl_coef(kl_coef, stats["kl"], cfg.kl_target, cfg.batch, cfg.kl_horizon)
+            stats["kl_coef"] = kl_coef
+        for schedule in schedules:
+            schedule.step()
+        log(update, **stats, tokens_per_s=round(batch["mask"].sum().item() / (time.time() - start)))
+        if update % 10 == 0 and update < cfg.updates:
+            seen = means(evaluate(policy, *held_out))
+            log.report(update=update, **seen)
+            print(f"      held out: {describe(seen)}")
+
+    after = evaluate(policy, *held_out)
+    print_table(before, after, world)
+    save(out / "ppo.pt", policy, tokenizer)
+    log.report(update=0, **means(before))
+    log.report(update=cfg.updates, **means(after), win_rate=win_rate(after["score"], before["score"]),
+               gold_win_rate=win_rate(after["gold"], before["gold"]) if world else None)
+    print(f"PPO done: {describe(means(after))}; {out / 'ppo.pt'}")
+
+
+def describe(numbers):
+    return "  ".join(f"{name} {x:.3f}" for name, x in numbers.items())
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,235 @@
+"""Preferences -> out/rm.pt: the vocabulary head of out/sft.pt is taken off, a head of one number put on.
+
+Each prompt comes with two or more responses in order of preference. The loss is that of Bradley &
+Terry (1952) on every pair of them, all C(K,2) pairs of one prompt together as one example (Ouyang et
+al. 2022, eq. 1): shuffled as single pairs, each response would be trained on K-1 times and overfit.
+One epoch, then the scores are shifted and scaled, once, so that the SFT model's own samples have
+mean 0 and standard deviation 1: PPO's penalties and clips are in these units.
+
+    python train_rm.py                      # after train_sft.py
+    python train_rm.py --pool mean          # or max, or token: where the text is read
+"""
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from common import Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run, save, set_lr
+from data.records import open_data, read_preferences
+from model import GPT, RewardModel
+
+
+@dataclass
+class Config:
+    data: str = "stories"  # folder with preferences.jsonl, or "stories"
+    out: str = "out"  # folder with sft.pt, and for the results
+    pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
+    epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
+    batch_tokens: int = 4096  # tokens in an optimizer step, padding included
+    lr: float = 1e-3  # peak of the learning rate
+    dropout: float = 0.0  # rate while the reward model is trained
+    seed: int = 1  # of the head, order and samples
+    device: str = "auto"  # "cuda", "mps", "cpu"
+    skip_bad: bool = False  # leave out lines that can't be used, and count them
+
+
+class Ranking(NamedTuple):
+    """One prompt with its responses: `rows` are the token lists of prompt, response, eos."""
+
+    prompt: list
+    rows: list
+    ranks: list
+    texts: tuple  # (prompt, responses) as they were written
+
+
+def encode(examples, tokenizer, room, name):
+    """[(prompt, responses, ranks)] -> [Ranking].
+
+    Texts longer than `room` tokens lose the beginning of the prompt, the same for all responses of a
+    prompt; an example with a response that alone is too long is dropped. Both are counted and printed.
+    """
+    groups, cut, dropped = [], 0, 0
+    for *texts, ranks in examples:
+        prompt = tokenizer.encode(texts[0]) or [tokenizer.eos]
+        responses = [tokenizer.encode(response) + [tokenizer.eos] for response in texts[1]]
+        left = room - max(len(response) for response in responses)
+        if left < 1:
+            dropped += 1
+            continue
+        cut += len(prompt) > left
+        prompt = prompt[-left:]
+        groups.append(Ranking(prompt, [prompt + response for response in responses], ranks, texts))
+    if cut or dropped:
+        print(f"{name}: of {len(examples)} prompts {cut} cut from the left, {dropped} with a response too long "
+              f"for {room} tokens dropped")
+    if not groups:
+        raise UserError(f"{name}: no example fits into the model's {room} tokens")
+    return groups
+
+
+def ranking_loss(scores, groups):
+    """Bradley-Terry loss over all pairs of each prompt, a prompt counting as one example.
+
+    scores (N,): the responses of one prompt after another. groups: for each prompt the list of its
+    responses' ranks, smaller = better; equal ranks make no pair. Returns (loss, accuracy): the mean
+    over prompts of the mean over its pairs of -log sigmoid(score_better - score_worse) in nats, and
+    of "better scores higher" (equal scores count half). Ouyang et al. 2022, eq. 1.
+    """
+    sizes = [len(ranks) for ranks in groups]
+    if sum(sizes) != len(scores):
+        raise ValueError(f"{len(scores)} scores for {sum(sizes)} ranks")
+    K = max(sizes)
+    s = torch.stack([F.pad(part, (0, K - len(part))) for part in scores.split(sizes)])  # (G,K)
+    rank = torch.tensor([list(ranks) + [math.nan] * (K - len(ranks)) for ranks in groups], device=s.device)
+    pair = rank[:, :, None] < rank[:, None, :]  # (G,K,K): i better than j; nan is never less
+    gap = s[:, :, None] - s[:, None, :]
+    count = pair.sum((1, 2))
+    weight = pair / count.clamp(min=1)[:, None, None] / (count > 0).sum().clamp(min=1)
+    right = accuracy(gap)
+    return -(F.logsigmoid(gap) * weight).sum(), (right * weight).sum()
+
+
+def score_rows(rm, rows, budget, device):
+    """Scores of token lists, in their order: -> (N,) on the CPU."""
+    scores = torch.empty(len(rows))
+    with torch.inference_mode():
+        for index in batches([len(row) for row in rows], budget):
+            scores[index] = rm.score(*pad([rows[i] for i in index], device)).cpu()
+    return scores
+
+
+def sample_texts(gpt, prompts, eos, room, generator, device):
+    """One response of the SFT model to each prompt (token lists): -> prompts with responses; those
+    that do not end within the model's length are left out."""
+    rows = []
+    for start in range(0, len(prompts), 128):
+        tokens, lengths = pad(prompts[start : start + 128], device)
+        tokens, lengths = gpt.generate(tokens, lengths, room - tokens.shape[1], eos=eos, generator=generator)
+        texts = [row[:n].tolist() for row, n in zip(tokens, lengths)]
+        rows += [text for text, prompt in zip(texts, prompts[start:]) if text[-1] == eos and len(text) > len(prompt)]
+    return rows
+
+
+def normalise(rm, gpt, groups, tokenizer, cfg, device):
+    """Give the SFT model's samples mean 0 and sd 1 (Ziegler et al. 2019); where it hardly ever ends a
+    text, the best responses of the training data instead."""
+    room = rm.config.block_size - (rm.pool == "token")
+    prompts = [group.prompt for group in groups[:512]]
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    rows = sample_texts(gpt, prompts, tokenizer.eos, room, generator, device)
+    name = "samples of the SFT model"
+    if len(rows) < 64:
+        rows, name = [g.rows[g.ranks.index(min(g.ranks))] for g in groups], "best responses"
+    scores = score_rows(rm, rows, cfg.batch_tokens, device)
+    rm.normalise(scores)
+    print(f"normalised on {len(rows)} {name}: raw mean {scores.mean():.3f}, sd {scores.std():.3f} -> 0, 1")
+
+
+# ---- report ----
+
+def held_out_pairs(groups, scores, world):
+    """For every pair of a ranking: score gap better - worse, "longer wins", and the best possible
+    accuracy (nan where unknown); each (N,)."""
+    gap, longer, best, start = [], [], [], 0
+    for group in groups:
+        score, n = scores[start : start + len(group.rows)].tolist(), [len(row) for row in group.rows]
+        start += len(group.rows)
+        for i, j in itertools.permutations(range(len(n)), 2):
+            if group.ranks[i] < group.ranks[j]:
+                gap.append(score[i] - score[j])
+                longer.append(float(n[i] - n[j]))
+                prompt, responses = group.texts
+                best.append(world.ceiling(prompt, responses[i], responses[j]) if world else math.nan)
+    return torch.tensor(gap), torch.tensor(longer), torch.tensor(best)
+
+
+def accuracy(gap):
+    """1 where the better one is ahead, 1/2 where they are equal: a constant model gets 1/2."""
+    return (gap > 0) + 0.5 * (gap == 0)
+
+
+def report(rm, groups, world, budget, device):
+    """Print and return how well `rm` orders held-out pairs, beside what else could explain it."""
+    rows = [row for group in groups for row in group.rows]
+    scores = score_rows(rm, rows, budget, device)
+    gap, longer, best = held_out_pairs(groups, scores, world)
+    right = accuracy(gap)
+    result = {"accuracy": right.mean().item(), "pairs": len(gap), "longer_wins": accuracy(longer).mean().item(),
+              "ceiling": best.mean().item() if world else None, "calibration_error": calibration_error(gap)}
+    half = 1.96 * math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / len(gap))
+    print(f"held-out pairs: accuracy {result['accuracy']:.1%} +- {half:.1%} on {len(gap)}"
+          + (f", ceiling {result['ceiling']:.1%}" if world else "") + f", longer wins {result['longer_wins']:.1%}")
+    print("accuracy by margin of the two scores: " + by_margin(gap.abs(), right))
+    lengths = torch.tensor([float(len(row)) for row in rows])
+    result["length_correlation"] = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item()
+    print(f"expected calibration error {result['calibration_error']:.3f}; correlation of score and length "
+          f"{result['length_correlation']:+.2f}")
+    return result
+
+
+def by_margin(margin, right):
+    """Accuracy in four equal parts of the pairs, from close to far apart, beside what the margin claims."""
+    parts = zip(margin.sort().values.chunk(4), right[margin.argsort()].chunk(4))
+    return "  ".join(f"<{m.max():.2f}: {r.mean():.0%} (claims {m.sigmoid().mean():.0%})" for m, r in parts)
+
+
+def calibration_error(gap, bins=10):
+    """Expected calibration error of sigmoid(gap) as the probability that "better" wins, gap (N,) in the
+    units of the loss; over both orders of each pair (Guo et al. 2017)."""
+    p, right = gap.abs().sigmoid(), accuracy(gap)
+    bin = ((p - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return sum((bin == b).float().mean().item() * abs((right - p)[bin == b].mean().item())
+               for b in bin.unique())
+
+
+def main(cfg):
+    torch.manual_seed(cfg.seed)
+    order = torch.Generator().manual_seed(cfg.seed)
+    device = pick_device(cfg.device)
+    out = Path(cfg.out)
+    gpt = load(GPT, out / "sft.pt", cfg.dropout).to(device)
+    tokenizer = load_tokenizer(out / "sft.pt")
+    folder, world = open_data(cfg.data)
+
+    train = read_preferences(folder / "preferences.jsonl", cfg.skip_bad)
+    val = read_preferences(folder / "preferences_val.jsonl", cfg.skip_bad)
+    rm = RewardModel.from_gpt(gpt, cfg.pool).to(device)  # the head swap
+    room = rm.config.block_size - (cfg.pool == "token")
+    groups = encode(train, tokenizer, room, "preferences.jsonl")
+    sizes = [sum(map(len, group.rows)) for group in groups]
+
+    optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    steps = max(1, round(cfg.epochs * len(batches(sizes, cfg.batch_tokens))))
+    log = Log(out / "rm.jsonl", cfg, steps)
+    print(f"reward model: {len(groups)} prompts with {sum(len(group.rows) for group in groups)} ranked responses, "
+          f"{sum(sizes)} tokens, read at {cfg.pool}, on {device}")
+
+    rm.train()
+    step = 0
+    while step < steps:
+        for index in batches(sizes, cfg.batch_tokens, order)[: steps - step]:
+            lr = set_lr(optimizer, cfg.lr, step, steps, warmup=20, floor=0.1)
+            scores = rm.score(*pad([row for i in index for row in groups[i].rows], device))
+            loss, right = ranking_loss(scores, [groups[i].ranks for i in index])
+            loss.backward()
+            norm = clip_and_step(rm, optimizer, 1.0, step)
+            step += 1
+            if step % 25 == 0 or step == steps:
+                log(step, loss=loss.item(), accuracy=right.item(), lr=lr, grad_norm=norm)
+
+    rm.eval()
+    val_groups = encode(val, tokenizer, room, "preferences_val.jsonl")
+    result = report(rm, val_groups, world, cfg.batch_tokens, device)
+    normalise(rm, gpt, groups, tokenizer, cfg, device)
+    save(out / "rm.pt", rm, tokenizer)
+    log.report(**result)
+    print(f"reward model done: held-out accuracy {result['accuracy']:.1%}"
+          + (f", ceiling {result['ceiling']:.1%}" if world else "") + f"; {out / 'rm.pt'}\n")
+
+
+if __name__ == "__main__":
+    run(main, Config)

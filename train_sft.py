@@ -1,0 +1,158 @@
+"""Demonstrations -> out/sft.pt: a GPT is trained from scratch to answer prompts as the demonstrations do.
+
+The loss is the cross-entropy of the completion's tokens and of the end-of-text token after them,
+never of the prompt (Ouyang et al. 2022, section 3.5, leave open whether theirs is). It is divided by
+the number of those tokens in the whole optimizer step, so a short answer counts no more than a long one.
+
+    python train_sft.py                                 # the built-in stories, from scratch
+    python train_sft.py --data my_folder --steps 2000   # your own sft.jsonl (and sft_val.jsonl)
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import Log, UserError, batches, clip_and_step, pad, pick_device, run, save, set_lr
+from data.records import open_data, read_sft
+from data.tokenizer import get_tokenizer, train_tokenizer
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    data: str = "stories"  # folder with sft.jsonl, or "stories", which is made at the first run
+    out: str = "out"  # folder for the results
+    tokenizer: str = ""  # "gpt2", "bytes" or a BPE file; default: a BPE trained on the demonstrations
+    vocab_size: int = 1024  # of the BPE that is trained here
+    n_layer: int = 4  # transformer blocks
+    n_head: int = 4  # attention heads
+    d_model: int = 128  # width
+    block_size: int = 128  # longest text in tokens, prompt and completion
+    dropout: float = 0.0  # rate; 0 is right for one or two passes over the data
+    epochs: float = 2.0  # passes over the demonstrations
+    batch_tokens: int = 2048  # tokens in an optimizer step, padding included
+    lr: float = 4e-3  # peak of the learning rate
+    weight_decay: float = 0.1  # on matrices only
+    seed: int = 1  # of weights, order and samples
+    device: str = "auto"  # "cuda", "mps", "cpu"
+    skip_bad: bool = False  # leave out lines that can't be used, and count them
+
+
+def encode(examples, tokenizer, block_size, name):
+    """[(prompt, completion)] -> [(tokens, P)]: prompt, completion, eos; P prompt tokens.
+
+    The two are encoded apart, so no BPE merge crosses the border. A prompt that is too long loses its
+    beginning; an example whose completion alone is too long is dropped. Both are counted and printed.
+    An empty prompt becomes eos, as GPT-2's documents begin.
+    """
+    rows, cut, dropped = [], 0, 0
+    for prompt, completion in examples:
+        prompt, completion = tokenizer.encode(prompt) or [tokenizer.eos], tokenizer.encode(completion) + [tokenizer.eos]
+        room = block_size - len(completion)
+        if room < 1:
+            dropped += 1
+            continue
+        cut += len(prompt) > room
+        prompt = prompt[-room:]
+        rows.append((prompt + completion, len(prompt)))
+    if cut or dropped:
+        print(f"{name}: of {len(examples)} examples {cut} prompts cut from the left, {dropped} completions "
+              f"longer than block_size {block_size} dropped")
+    if not rows:
+        raise UserError(f"{name}: no example fits into --block-size {block_size}")
+    return rows
+
+
+def sft_batch(rows, device):
+    """[(tokens, P)] -> tokens (B,T), mask (B,T-1): position t speaks of token t+1, true in completions."""
+    tokens, lengths = pad([row for row, _ in rows], device)
+    P = torch.tensor([p for _, p in rows], device=device)
+    t = torch.arange(1, tokens.shape[1], device=device)
+    return tokens, (t >= P[:, None]) & (t < lengths[:, None])
+
+
+def sft_loss(gpt, tokens, mask):
+    """Summed negative log-probability of the tokens under `mask` in nats, and their number.
+
+    The vocabulary head runs at those positions only.
+    """
+    h = gpt.trunk(tokens[:, :-1])[mask]  # (N,C)
+    return -gpt.logps(h, tokens[:, 1:][mask]).sum(), int(mask.sum())
+
+
+@torch.no_grad()
+def evaluate(gpt, rows, budget, device):
+    """Loss per completion token in nats over all rows."""
+    gpt.eval()
+    loss = count = 0
+    for index in batches([len(row) for row, _ in rows], budget):
+        part, n = sft_loss(gpt, *sft_batch([rows[i] for i in index], device))
+        loss, count = loss + part.item(), count + n
+    gpt.train()
+    return loss / count
+
+
+@torch.inference_mode()
+def show_sample(gpt, tokenizer, prompt, block_size, device):
+    """Print one unedited continuation of a prompt."""
+    gpt.eval()
+    tokens, lengths = pad([tokenizer.encode(prompt) or [tokenizer.eos]], device)
+    P = int(lengths[0])
+    tokens, lengths = gpt.generate(tokens, lengths, block_size - P, eos=tokenizer.eos)
+    print(f"      | {prompt} >>{tokenizer.decode(tokens[0, P:lengths[0]].tolist())}")
+    gpt.train()
+
+
+def make_optimizer(gpt, cfg):
+    """AdamW with decay on matrices only (not on biases and norms), betas of GPT-3 (Brown et al. 2020, B)."""
+    matrices = [p for p in gpt.parameters() if p.dim() >= 2]
+    others = [p for p in gpt.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
+
+
+def main(cfg):
+    torch.manual_seed(cfg.seed)
+    order = torch.Generator().manual_seed(cfg.seed)
+    device = pick_device(cfg.device)
+    out = Path(cfg.out)
+    folder, _ = open_data(cfg.data)
+
+    train = read_sft(folder / "sft.jsonl", cfg.skip_bad)
+    val = read_sft(folder / "sft_val.jsonl", cfg.skip_bad)
+    tokenizer = get_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(
+        (text for example in train for text in example), cfg.vocab_size)
+    rows = encode(train, tokenizer, cfg.block_size, "sft.jsonl")
+    val_rows = encode(val, tokenizer, cfg.block_size, "sft_val.jsonl")
+    lengths = [len(row) for row, _ in rows]
+
+    gpt = GPT(GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model,
+                        cfg.dropout)).to(device)
+    optimizer = make_optimizer(gpt, cfg)
+    steps = max(1, round(cfg.epochs * len(batches(lengths, cfg.batch_tokens))))
+    log = Log(out / "sft.jsonl", cfg, steps)
+    print(f"SFT: {len(rows)} demonstrations, {sum(lengths)} tokens, {sum(p.numel() for p in gpt.parameters())} "
+          f"parameters, vocabulary {tokenizer.vocab_size}, on {device}")
+
+    step = 0
+    while step < steps:
+        for index in batches(lengths, cfg.batch_tokens, order)[: steps - step]:
+            lr = set_lr(optimizer, cfg.lr, step, steps, warmup=20, floor=0.1)
+            loss, count = sft_loss(gpt, *sft_batch([rows[i] for i in index], device))
+            (loss / count).backward()
+            norm = clip_and_step(gpt, optimizer, 1.0, step)
+            step += 1
+            if step % 25 == 0 or step == steps:
+                log(step, loss=loss.item() / count, lr=lr, grad_norm=norm)
+            if step % 100 == 0:
+                show_sample(gpt, tokenizer, val[0][0], cfg.block_size, device)
+
+    val_loss = evaluate(gpt, val_rows, cfg.batch_tokens, device)
+    save(out / "sft.pt", gpt, tokenizer)
+    log.report(val_loss=val_loss)
+    print(f"SFT done: held-out loss {val_loss:.4f} nats per completion token on {len(val_rows)} demonstrations; "
+          f"{out / 'sft.pt'}\n")
+
+
+if __name__ == "__main__":
+    run(main, Config)
