@@ -90,12 +90,13 @@ def clip_and_step(model, optimizer, clip, step):
 
     Raises UserError when the gradient is not finite; then the weights stay as they were.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    if not torch.isfinite(norm):
+    try:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip, error_if_nonfinite=True)
+    except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be told
         worst = max((p.grad.abs().nan_to_num(nan=math.inf).max().item(), name)
                     for name, p in model.named_parameters() if p.grad is not None)
         raise UserError(f"step {step}: the gradient is not finite, largest in {worst[1]}; nothing was saved "
-                        "after the last checkpoint; try a smaller --lr")
+                        "after the last checkpoint; try a smaller --lr") from None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
@@ -131,12 +132,13 @@ def load(kind, path, dropout=0.0):
     data = _read(path)
     if data["kind"] != kind.__name__:
         raise UserError(f"{path} holds a {data['kind']}, and a {kind.__name__} is needed here")
-    config = GPTConfig(**{**data["config"], "dropout": dropout})
-    model = GPT(config) if kind is GPT else RewardModel(Trunk(config), data["pool"])
     try:
+        config = GPTConfig(**{**data["config"], "dropout": dropout})
+        model = GPT(config) if kind is GPT else RewardModel(Trunk(config), data["pool"])
         model.load_state_dict(data["weights"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit this model.py ({str(error).splitlines()[1].strip()})")
+    except (RuntimeError, TypeError, ValueError) as error:
+        why = str(error).splitlines()[:2][-1].strip()
+        raise UserError(f"{path}: the weights do not fit this model.py ({why})") from None
     return model.eval()
 
 
@@ -154,7 +156,9 @@ def _read(path):
         if not {"kind", "config", "tokenizer", "pool", "weights"} <= data.keys():
             raise ValueError
         return data
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, AttributeError, IsADirectoryError):
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path} can't be read: {error.strerror}")
+    except (pickle.UnpicklingError, RuntimeError, LookupError, ValueError, EOFError, AttributeError, OSError):
         raise UserError(f"{path} is no checkpoint of onetrunk, or is damaged")
 
 

@@ -196,9 +196,10 @@ def improve(policy, critic, optimizers, batch, cfg, update, generator, ptx=None)
     A minibatch goes through in micro-batches of like length, each weighted by its tokens, so their size
     changes no result. When KL(old, new) is above 1.5 x cfg.update_kl the gradients are thrown away.
     """
+    stats = {"grad_norm": 0.0}
     for _ in range(cfg.epochs):
         for part in torch.randperm(len(batch["tokens"]), generator=generator).chunk(cfg.minibatches):
-            stats = minibatch_backward(policy, critic, batch, part.tolist(), cfg)
+            stats |= minibatch_backward(policy, critic, batch, part.tolist(), cfg)
             if stats["update_kl"] > 1.5 * cfg.update_kl:
                 policy.zero_grad(set_to_none=True)
                 critic.zero_grad(set_to_none=True)
@@ -250,11 +251,15 @@ def text_reward(function, name, tokenizer):
     """A user's function(prompts, responses) -> list of floats as a function of (tokens, lengths, P)."""
     def reward(tokens, lengths, P):
         prompts, responses = split_texts(tokens, lengths, P, tokenizer)
-        scores = list(function(prompts, responses))
-        if len(scores) != len(prompts) or not all(isinstance(s, (int, float)) and math.isfinite(s) for s in scores):
+        result = function(prompts, responses)
+        try:
+            scores = torch.tensor([s + 0.0 for s in result], dtype=torch.float32)  # numpy's and torch's numbers too
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            scores = torch.empty(0)
+        if scores.shape != (len(prompts),) or not torch.isfinite(scores).all():
             raise UserError(f"--reward {name} must return {len(prompts)} finite numbers for {len(prompts)} responses, "
-                            f"it returned {str(scores)[:80]}")
-        return torch.tensor(scores, dtype=torch.float32, device=tokens.device)
+                            f"it returned {str(result)[:80]}")
+        return scores.to(tokens.device)
     return reward
 
 
@@ -289,8 +294,9 @@ def load_models(cfg, device):
         torch.nn.init.zeros_(critic.reward_head.weight)  # nothing is known of these scores: start at 0
         return policy, ref, critic, reward, tokenizer
     rm = load(RewardModel, out / "rm.pt").to(device).requires_grad_(False)
-    if load_tokenizer(out / "rm.pt").spec() != tokenizer.spec():
-        raise UserError(f"{out / 'rm.pt'} was trained with another tokenizer than {out / 'sft.pt'}: train it again")
+    if load_tokenizer(out / "rm.pt").spec() != tokenizer.spec() or rm.config.block_size < policy.config.block_size:
+        raise UserError(f"{out / 'rm.pt'} was trained with another tokenizer, or for shorter texts, than "
+                        f"{out / 'sft.pt'}: train it again")
     return policy, ref, copy.deepcopy(rm).requires_grad_(True), model_reward(rm), tokenizer
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from common import Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run, save, set_lr
-from data.records import open_data, read_preferences
+from data.records import open_data, read_preferences, read_prompts
 from model import GPT, RewardModel
 
 
@@ -29,9 +29,10 @@ class Config:
     out: str = "out"  # folder with sft.pt, and for the results
     pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
     epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
-    batch_tokens: int = 4096  # tokens in an optimizer step, padding included
-    lr: float = 1e-3  # peak of the learning rate
+    batch_tokens: int = 2048  # tokens in an optimizer step, padding included
+    lr: float = 6e-4  # peak of the learning rate
     dropout: float = 0.0  # rate while the reward model is trained
+    wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this
     seed: int = 1  # of the head, order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
     skip_bad: bool = False  # leave out lines that can't be used, and count them
@@ -44,17 +45,18 @@ class Ranking(NamedTuple):
     rows: list
     ranks: list
     texts: tuple  # (prompt, responses) as they were written
+    gold: list  # true scores where they are known, or None
 
 
 def encode(examples, tokenizer, room, name):
-    """[(prompt, responses, ranks)] -> [Ranking].
+    """[(prompt, responses, ranks, gold)] -> [Ranking].
 
     Texts longer than `room` tokens lose the beginning of the prompt, the same for all responses of a
     prompt; an example with a response that alone is too long is dropped. Both are counted and printed.
     """
     groups, cut, dropped = [], 0, 0
-    for *texts, ranks in examples:
-        prompt = tokenizer.encode(texts[0]) or [tokenizer.eos]
+    for *texts, ranks, gold in examples:
+        prompt = tokenizer.encode(texts[0])  # may be empty: a text that is judged needs no first token
         responses = [tokenizer.encode(response) + [tokenizer.eos] for response in texts[1]]
         left = room - max(len(response) for response in responses)
         if left < 1:
@@ -62,7 +64,7 @@ def encode(examples, tokenizer, room, name):
             continue
         cut += len(prompt) > left
         prompt = prompt[-left:]
-        groups.append(Ranking(prompt, [prompt + response for response in responses], ranks, texts))
+        groups.append(Ranking(prompt, [prompt + response for response in responses], ranks, texts, gold))
     if cut or dropped:
         print(f"{name}: of {len(examples)} prompts {cut} cut from the left, {dropped} with a response too long "
               f"for {room} tokens dropped")
@@ -114,27 +116,34 @@ def sample_texts(gpt, prompts, eos, room, generator, device):
     return rows
 
 
-def normalise(rm, gpt, groups, tokenizer, cfg, device):
-    """Give the SFT model's samples mean 0 and sd 1 (Ziegler et al. 2019); where it hardly ever ends a
-    text, the best responses of the training data instead."""
+def normalise(rm, gpt, groups, folder, tokenizer, cfg, device):
+    """Give the SFT model's samples mean 0 and sd 1 (Ziegler et al. 2019), on PPO's prompts if they are
+    there; where it hardly ever ends a text, the best responses of the training data instead."""
     room = rm.config.block_size - (rm.pool == "token")
-    prompts = [group.prompt for group in groups[:512]]
+    prompts = [group.prompt for group in groups]
+    if (folder / "prompts.jsonl").exists():
+        prompts = [tokenizer.encode(prompt) for prompt in read_prompts(folder / "prompts.jsonl", cfg.skip_bad)]
+    prompts = [prompt for prompt in prompts if 0 < len(prompt) < room][:512]
     generator = torch.Generator(device).manual_seed(cfg.seed)
     rows = sample_texts(gpt, prompts, tokenizer.eos, room, generator, device)
     name = "samples of the SFT model"
     if len(rows) < 64:
         rows, name = [g.rows[g.ranks.index(min(g.ranks))] for g in groups], "best responses"
     scores = score_rows(rm, rows, cfg.batch_tokens, device)
-    rm.normalise(scores)
+    try:
+        rm.normalise(scores)
+    except ValueError as error:  # the training is not lost for it
+        print(f"not normalised: {error}")
+        return
     print(f"normalised on {len(rows)} {name}: raw mean {scores.mean():.3f}, sd {scores.std():.3f} -> 0, 1")
 
 
 # ---- report ----
 
 def held_out_pairs(groups, scores, world):
-    """For every pair of a ranking: score gap better - worse, "longer wins", and the best possible
-    accuracy (nan where unknown); each (N,)."""
-    gap, longer, best, start = [], [], [], 0
+    """For every pair of a ranking, better - worse: gap of score, of length and of gold, and the best
+    possible accuracy; each (N,), nan where unknown."""
+    gap, longer, gold, best, start = [], [], [], [], 0
     for group in groups:
         score, n = scores[start : start + len(group.rows)].tolist(), [len(row) for row in group.rows]
         start += len(group.rows)
@@ -142,9 +151,10 @@ def held_out_pairs(groups, scores, world):
             if group.ranks[i] < group.ranks[j]:
                 gap.append(score[i] - score[j])
                 longer.append(float(n[i] - n[j]))
+                gold.append(group.gold[i] - group.gold[j] if group.gold else math.nan)
                 prompt, responses = group.texts
                 best.append(world.ceiling(prompt, responses[i], responses[j]) if world else math.nan)
-    return torch.tensor(gap), torch.tensor(longer), torch.tensor(best)
+    return torch.tensor(gap), torch.tensor(longer), torch.tensor(gold), torch.tensor(best)
 
 
 def accuracy(gap):
@@ -152,17 +162,21 @@ def accuracy(gap):
     return (gap > 0) + 0.5 * (gap == 0)
 
 
-def report(rm, groups, world, budget, device):
+def report(rm, groups, world, cfg, device):
     """Print and return how well `rm` orders held-out pairs, beside what else could explain it."""
     rows = [row for group in groups for row in group.rows]
-    scores = score_rows(rm, rows, budget, device)
-    gap, longer, best = held_out_pairs(groups, scores, world)
+    scores = score_rows(rm, rows, cfg.batch_tokens, device)
+    gap, longer, gold, best = held_out_pairs(groups, scores, world)
     right = accuracy(gap)
     result = {"accuracy": right.mean().item(), "pairs": len(gap), "longer_wins": accuracy(longer).mean().item(),
               "ceiling": best.mean().item() if world else None, "calibration_error": calibration_error(gap)}
     half = 1.96 * math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / len(gap))
     print(f"held-out pairs: accuracy {result['accuracy']:.1%} +- {half:.1%} on {len(gap)}"
           + (f", ceiling {result['ceiling']:.1%}" if world else "") + f", longer wins {result['longer_wins']:.1%}")
+    if cfg.wide_gap:
+        wide = gold.abs() > cfg.wide_gap
+        result["accuracy_wide"] = right[wide].mean().item()
+        print(f"where the true scores differ by more than {cfg.wide_gap}: {result['accuracy_wide']:.1%} on {wide.sum()}")
     print("accuracy by margin of the two scores: " + by_margin(gap.abs(), right))
     lengths = torch.tensor([float(len(row)) for row in rows])
     result["length_correlation"] = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item()
@@ -223,8 +237,8 @@ def main(cfg):
 
     rm.eval()
     val_groups = encode(val, tokenizer, room, "preferences_val.jsonl")
-    result = report(rm, val_groups, world, cfg.batch_tokens, device)
-    normalise(rm, gpt, groups, tokenizer, cfg, device)
+    result = report(rm, val_groups, world, cfg, device)
+    normalise(rm, gpt, groups, folder, tokenizer, cfg, device)
     save(out / "rm.pt", rm, tokenizer)
     log.report(**result)
     print(f"reward model done: held-out accuracy {result['accuracy']:.1%}"

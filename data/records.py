@@ -5,10 +5,12 @@
                         or  {"prompt": "...", "responses": [best, ..., worst], "ranks": [0, 1, 1, 2]}
     prompts.jsonl       {"prompt": "..."}
 
-and NAME_val.jsonl beside each. "ranks" is optional, smaller is better, equal ranks are a tie.
+and NAME_val.jsonl beside each. "ranks" is optional, smaller is better, equal ranks are a tie. "gold", also optional, holds the true
+score of each response where it is known; it is only reported on, never trained on.
 These are the column names of TRL, so files made for it work.
 """
 import json
+import math
 from pathlib import Path
 
 
@@ -37,13 +39,13 @@ def read_sft(path, skip_bad=False):
 
 
 def read_preferences(path, skip_bad=False):
-    """[(prompt, responses, ranks)]: two or more responses, ranks smaller = better."""
+    """[(prompt, responses, ranks, gold)]: two or more responses, ranks smaller = better, gold a list or None."""
     return _read(path, _preference, skip_bad)
 
 
 def read_prompts(path, skip_bad=False):
     """[prompt]"""
-    return _read(path, lambda row: _text(row, "prompt"), skip_bad)
+    return _read(path, _prompt, skip_bad)
 
 
 def _read(path, parse, skip_bad):
@@ -76,8 +78,10 @@ def _json(line):
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 at byte {error.start}")
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"not JSON: {getattr(error, 'msg', 'nested too deeply')}")
+    except RecursionError:
+        raise UserError("not JSON: nested too deeply")
+    except ValueError as error:  # also for a number of more than 4300 digits
+        raise UserError(f"not JSON: {getattr(error, 'msg', 'a number too long')}")
     if not isinstance(row, dict):
         raise UserError("not a JSON object {...}")
     return row
@@ -97,13 +101,29 @@ def _text(row, column):
     return row[column]
 
 
+def _prompt(row):
+    return _text(row, "prompt") + "\n\nAssistant:" * isinstance(row["prompt"], list)
+
+
+def _answer(row, column):
+    """A response; as a list it is one turn, and what follows "Assistant:" in the text."""
+    text = _text(row, column)
+    if not isinstance(row[column], list):
+        return text
+    if len(row[column]) != 1:
+        raise UserError(f'"{column}" needs one turn')
+    return " " + row[column][0]["content"]
+
+
 def _chat(messages):
     """Messages as plain text, a turn as "Human: ..." or "Assistant: ...", an empty line between."""
     names = {"user": "Human", "human": "Human", "assistant": "Assistant", "system": "System"}
     turns = []
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in names:
+        if not isinstance(message, dict) or message.get("role") not in list(names):
             raise UserError(f'a message needs a "role" ({", ".join(names)}) and a "content"')
+        if isinstance(message.get("content"), list):
+            raise UserError('"content" is no string')
         turns.append(f"{names[message['role']]}: {_text(message, 'content')}")
     return "\n\n".join(turns)
 
@@ -115,28 +135,33 @@ def _demonstration(row):
             raise UserError('"messages" needs two turns or more, the last of them the completion')
         _chat(messages)  # the last turn is checked as well
         return _chat(messages[:-1]) + "\n\nAssistant:", " " + messages[-1]["content"]
-    prompt, completion = ("", _text(row, "text")) if "text" in row else (_text(row, "prompt"), _text(row, "completion"))
+    prompt, completion = ("", _text(row, "text")) if "text" in row else (_prompt(row), _answer(row, "completion"))
     if not completion:
         raise UserError("the completion is empty")
     return prompt, completion
 
 
 def _preference(row):
-    prompt = _text(row, "prompt")
+    prompt = _prompt(row)
     if "responses" not in row:
-        responses, ranks = [_text(row, "chosen"), _text(row, "rejected")], [0, 1]
+        responses = [_answer(row, "chosen"), _answer(row, "rejected")]
+    elif isinstance(row["responses"], list):
+        responses = [_answer({"responses": response}, "responses") for response in row["responses"]]
     else:
-        responses = row["responses"]
-        if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
-            raise UserError('"responses" is no list of strings')
-        ranks = row.get("ranks", list(range(len(responses))))
-        if not isinstance(ranks, list) or not all(type(r) in (int, float) and r == r for r in ranks):
-            raise UserError('"ranks" is no list of numbers')
-        if len(ranks) != len(responses):
-            raise UserError(f"{len(responses)} responses and {len(ranks)} ranks")
-        responses = [_text({"responses": r}, "responses") for r in responses]
+        raise UserError('"responses" is no list')
+    ranks = _numbers(row, "ranks", len(responses)) if "ranks" in row else list(range(len(responses)))
+    gold = _numbers(row, "gold", len(responses)) if "gold" in row else None
     if len(set(ranks)) < 2:
         raise UserError("no response is better than another")
     if len(set(responses)) < len(responses):
         raise UserError("two of the responses are the same")
-    return prompt, responses, ranks
+    return prompt, responses, ranks, gold
+
+
+def _numbers(row, column, n):
+    numbers = row[column]
+    if not isinstance(numbers, list) or not all(type(x) in (int, float) and abs(x) < 1e38 for x in numbers):
+        raise UserError(f'"{column}" is no list of numbers')
+    if len(numbers) != n:
+        raise UserError(f'{n} responses and {len(numbers)} numbers in "{column}"')
+    return numbers

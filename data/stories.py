@@ -18,23 +18,26 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "files" / "stories"
 BEST = 1.0  # gold of a perfect story
-SHARPNESS = 10.0  # logits of preference for each unit of gold: a gap of 0.3 is chosen 95% of the time
-SIZES = {"sft": 6000, "sft_val": 400, "preferences": 4000, "preferences_val": 600,
+SHARPNESS = 15.0  # logits of preference for each unit of gold: a gap of 0.2 is chosen 95% of the time
+SIZES = {"sft": 6000, "sft_val": 400, "preferences": 12000, "preferences_val": 1000,
          "prompts": 4000, "prompts_val": 256}
 
-HEROES = ("fox bear rabbit owl mouse hedgehog wolf frog cat dog duck goose horse badger squirrel turtle "
-          "sparrow crow deer mole otter goat hen pig").split()
-THINGS = ("lantern kite drum boat key bell map basket ladder blanket whistle mirror teapot umbrella book cake "
-          "ball hat candle rope shell fiddle wheel clock").split()
-PLACES = "forest river hill meadow village garden lake mountain barn bridge market beach cave island mill orchard".split()
+HEROES = "fox bear rabbit owl mouse cat dog duck horse frog squirrel hedgehog".split()
+THINGS = "lantern kite drum boat key bell map basket umbrella clock teapot ladder".split()
 WORDS = {
-    "hero": HEROES, "friend": HEROES, "thing": THINGS, "place": PLACES,
-    "kind": "small old brave shy clever sleepy kind hungry merry lonely curious gentle proud quiet".split(),
-    "look": "red blue golden silver wooden dusty shiny heavy tiny broken".split(),
-    "time": "morning evening night Monday Tuesday Friday Saturday Sunday".split(),
-    "where": ["an oak tree", "a stone", "the stairs", "a bush", "the snow", "the leaves", "an old cart", "the roof"],
-    "food": "bread soup honey apples berries pancakes cheese nuts tea plums".split(),
-    "weather": "wind rain fog snow hail thunder".split(),
+    "hero": HEROES, "thing": THINGS,
+    "place": "forest river village garden mountain bridge market island meadow lake barn mill".split(),
+    "friend": ("wolf goose badger turtle sparrow crow deer mole otter goat hen pig hare lamb "
+               "swan beaver parrot donkey").split(),
+    "kind": ("small old brave shy clever sleepy kind hungry merry lonely curious gentle proud quiet young tall "
+             "eager patient cheerful grumpy").split(),
+    "look": "red blue golden silver wooden dusty shiny heavy tiny broken green round painted rusty magic".split(),
+    "time": "morning evening night Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+    "where": ["an oak tree", "a stone", "the stairs", "a bush", "the snow", "the leaves", "an old cart", "the roof",
+              "a haystack", "the kitchen table", "a barrel", "the ivy"],
+    "food": ("bread soup honey apples berries pancakes cheese nuts tea plums cherries porridge cookies carrots "
+             "butter jam").split(),
+    "weather": "wind rain fog snow hail thunder frost sleet".split(),
 }
 OPENINGS = """Once there was a {kind} {hero} who lived near the {place}.
 A {kind} {hero} woke up early one {time}.
@@ -81,7 +84,8 @@ And the {thing} was lost for ever.
 The {friend} never spoke to the {hero} again.
 Then the {weather} came, and nothing was left.""".split("\n")
 ASKS = ["Tell a story about {}.", "Write a short story with {}.", "Please tell me a tale of {}.",
-        "I would like to hear about {}."]
+        "I would like to hear about {}.", "Do you know a story about {}?", "My little sister wants a story with {}.",
+        "What happened to {}?", "Make up something about {} for me."]
 
 
 def _pattern(templates):
@@ -99,34 +103,34 @@ OPENING, MIDDLE, HAPPY_END, END = _pattern(OPENINGS), _pattern(MIDDLES), _patter
 # ---- the truth ----
 
 def gold_score(prompt, response):
-    """How good a story is, from 0 to 1 (best): gold = valid^2 x (0.4 parts + 0.3 ending + 0.3 length).
+    """How good a story is, from 0 to 1 (best): gold = valid^3 x (0.5 parts + 0.25 ending + 0.25 length).
 
     valid: share of its sentences that are sentences of this world, each in its place (an opening
-    first, an ending last, middles between) and not told before. parts: share of the things asked for
-    that occur in valid sentences. ending: 1 if it ends well. length: 1 for 4 or 5 sentences, and
-    1/4 less for each one more or fewer. A story that breaks off ends in no sentence; gibberish gets 0.
+    first, an ending last, middles between) and not told before; a missing ending counts as one that
+    is not. parts: share of the things asked for that occur in valid sentences. ending: 1 if it ends
+    well. length: 1 for 3 or 4 sentences, and 1/4 less for each one more or fewer. Gibberish gets 0.
     """
     sentences = split_sentences(response)
     if not sentences:
         return 0.0
-    last = len(sentences) - 1
+    ended = len(sentences) > 1 and END.fullmatch(sentences[-1]) is not None
     valid = []
     for i, sentence in enumerate(sentences):
-        pattern = OPENING if i == 0 else END if i == last else MIDDLE
+        pattern = OPENING if i == 0 else END if ended and i == len(sentences) - 1 else MIDDLE
         if pattern.fullmatch(sentence) and sentence not in valid:
             valid.append(sentence)
     words = set(re.findall(r"\w+", " ".join(valid)))
     asked = asked_for(prompt)
     parts = sum(part in words for part in asked) / max(1, len(asked))
-    ending = HAPPY_END.fullmatch(sentences[-1]) is not None and last > 0
-    length = max(0.0, 1 - 0.25 * max(4 - len(sentences), len(sentences) - 5, 0))
-    return (len(valid) / len(sentences)) ** 2 * (0.4 * parts + 0.3 * ending + 0.3 * length)
+    ending = ended and HAPPY_END.fullmatch(sentences[-1]) is not None
+    length = max(0.0, 1 - 0.25 * max(3 - len(sentences), len(sentences) - 4, 0))
+    share = len(valid) / (len(sentences) + (not ended))
+    return share**3 * (0.5 * parts + 0.25 * ending + 0.25 * length)
 
 
 def asked_for(prompt):
     """The parts of the world that a prompt names, e.g. ["fox", "lantern"]."""
-    known = set(HEROES) | set(THINGS) | set(PLACES)
-    return [word for word in re.findall(r"\w+", prompt) if word in known]
+    return [word for word in re.findall(r"\w+", prompt) if word in HEROES + THINGS]
 
 
 def split_sentences(text):
@@ -146,11 +150,8 @@ def a(word):
 
 
 def make_prompt(rng, hero, thing):
-    """A prompt for hero and thing, in half of the cases with a place, and the parts it asks for."""
-    place = rng.choice(PLACES) if rng.random() < 0.5 else None
-    asked = [a(hero), a(thing)] + ([a(place)] if place else [])
-    text = ", ".join(asked[:-1]) + " and " + asked[-1]
-    return rng.choice(ASKS).format(text), {"hero": hero, "thing": thing, "place": place or rng.choice(PLACES)}
+    """A prompt for hero and thing, and the parts it asks for by name."""
+    return rng.choice(ASKS).format(f"{a(hero)} and {a(thing)}"), {"hero": hero, "thing": thing}
 
 
 def fill(rng, template, parts):
@@ -160,27 +161,26 @@ def fill(rng, template, parts):
 
 
 def tell(rng, asked, flaws):
-    """A story as sentences. flaws, any of: "swap" and "drop" a part asked for, "sad", "ramble", "stub"."""
-    missing = rng.choice(["hero", "thing", "place"]) if flaws & {"swap", "drop"} else None
-    parts = dict(asked)
+    """A story as sentences. flaws, any of: "swap" (hero or thing is another than was asked for), "drop" (the
+    thing does not occur), "sad" (ends badly), "ramble" (too long), "stub" (nothing between beginning and end)."""
+    parts = dict(asked, place=rng.choice(WORDS["place"]), friend=rng.choice(WORDS["friend"]))
     if "swap" in flaws:
-        parts[missing] = rng.choice(WORDS[missing])
-    parts["friend"] = rng.choice([hero for hero in HEROES if hero not in (asked["hero"], parts["hero"])])
-    count = 0 if "stub" in flaws else rng.randint(5, 7) if "ramble" in flaws else rng.randint(2, 3)
-    ending = rng.choice(SAD if "sad" in flaws else HAPPY)
-    needed = [part for part in ("hero", "thing", "place") if "drop" not in flaws or part != missing]
-    while True:  # draw until every part that should be told is told
-        opening, middles = rng.choice(OPENINGS), rng.sample(MIDDLES, count)
-        told = " ".join([opening, ending, *middles])
-        if "drop" in flaws and "{" + missing + "}" in " ".join([opening, *middles]) and missing != "hero":
-            continue
-        if "stub" in flaws or all("{" + part + "}" in told for part in needed):
-            return [fill(rng, template, parts) for template in [opening, *middles, ending]]
+        part = rng.choice(list(asked))
+        parts[part] = rng.choice([word for word in WORDS[part] if word != asked[part]])
+    count = 0 if "stub" in flaws else rng.randint(3, 5) if "ramble" in flaws else rng.randint(1, 2)
+    while True:  # draw until the thing occurs, or does not, as it should
+        templates = [rng.choice(OPENINGS), *rng.sample(MIDDLES, count), rng.choice(SAD if "sad" in flaws else HAPPY)]
+        if "stub" in flaws or ("{thing}" in " ".join(templates)) == ("drop" not in flaws):
+            return [fill(rng, template, parts) for template in templates]
+
+
+CAREFUL = {"swap": 0.05, "drop": 0.05, "sad": 0.2, "ramble": 0.25}  # chance of each flaw, one writer in three
+CARELESS = {"swap": 0.6, "drop": 0.35, "sad": 0.9, "ramble": 0.8}  # who does not do as asked also ends badly
 
 
 def demonstration(rng, asked):
     """What somebody wrote when asked: often with something wrong."""
-    chances = {"swap": 0.35, "drop": 0.25, "sad": 0.6, "ramble": 0.5}
+    chances = CAREFUL if rng.random() < 0.35 else CARELESS
     flaws = {flaw for flaw, chance in chances.items() if rng.random() < chance}
     return " ".join(tell(rng, asked, flaws))
 
@@ -196,13 +196,13 @@ def broken(rng, asked):
         i = rng.randrange(len(story))
         return " ".join(story[: i + 1] + [story[i]] * rng.randint(1, 3) + story[i + 1 :])
     if kind == 2:  # words in a wrong order
-        i = rng.randrange(len(words) - 3)
-        j = min(len(words), i + rng.randint(3, 12))
+        i = rng.randrange(len(words) - 5)
+        j = min(len(words), i + rng.randint(5, 20))
         return " ".join(words[:i] + rng.sample(words[i:j], j - i) + words[j:])
     if kind == 3:  # words left out
-        return " ".join(w for w in words if rng.random() > 0.15)
+        return " ".join(w for w in words if rng.random() > 0.3)
     if kind == 4:  # wrong words
-        return " ".join(rng.choice(words + HEROES + THINGS) if rng.random() < 0.15 else w for w in words)
+        return " ".join(rng.choice(words + HEROES + THINGS) if rng.random() < 0.3 else w for w in words)
     if kind == 5:  # too short, with the right ending
         return " ".join(tell(rng, asked, {"stub"})[rng.randrange(2) :])
     if kind == 6:  # sentences in a wrong order, or several endings
@@ -212,13 +212,31 @@ def broken(rng, asked):
     return " ".join(story[:-1] if rng.random() < 0.6 else story[:i] + story[i + 1 :])
 
 
+def twin(rng, asked, story):
+    """The same story about something that was not asked for: only reading the prompt tells them apart."""
+    part = rng.choice(list(asked))
+    other = rng.choice([word for word in WORDS[part] if word != asked[part]])
+    story = re.sub(rf"\b{asked[part]}\b", other, story)
+    return re.sub(rf"\b([Aa])n? (?={other}\b)", r"\1n " if other[0] in "aeiou" else r"\1 ", story)
+
+
+def twins(rng, asked):
+    """Two stories that differ in one thing that was asked for, and in nothing else."""
+    while True:
+        story = " ".join(tell(rng, asked, {"sad"} if rng.random() < 0.4 else set()))
+        if (other := twin(rng, asked, story)) != story:
+            return [" " + story, " " + other]
+
+
 def responses(rng, asked, count):
-    """Different stories for one prompt: good, ordinary and broken ones."""
-    made = []
+    """Different stories for one prompt, good and ordinary; in most cases one of them is broken, one a twin."""
+    made = [broken(rng, asked)] if rng.random() < 0.7 else []
     while len(made) < count:
         draw = rng.random()
-        story = broken(rng, asked) if draw < 0.3 else demonstration(rng, asked) if draw < 0.85 else \
-            " ".join(tell(rng, asked, set()))
+        if draw < 0.15 and made:
+            story = twin(rng, asked, rng.choice(made))
+        else:
+            story = demonstration(rng, asked) if draw < 0.8 else " ".join(tell(rng, asked, set()))
         if story not in made:
             made.append(story)
     return [" " + story for story in made]
@@ -258,7 +276,9 @@ def _line(rng, name, prompt, asked):
     if name.startswith("sft"):
         return {"prompt": prompt, "completion": " " + demonstration(rng, asked)}
     if name.startswith("preferences"):
-        return {"prompt": prompt, "responses": rank(rng, prompt, responses(rng, asked, 4))}
+        # two in three are twins: from rankings of all kinds alone it was not learned that the prompt matters
+        stories = twins(rng, asked) if rng.random() < 0.65 else responses(rng, asked, 4)
+        return {"prompt": prompt, "responses": rank(rng, prompt, stories)}
     return {"prompt": prompt}
 
 

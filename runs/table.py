@@ -1,0 +1,35 @@
+"""README's table from the logs of finished runs: python runs/table.py FOLDER..."""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+COLUMNS = ("RM accuracy", "ceiling", "longer wins", "gold SFT", "gold PPO", "of the gap", "gold win rate", "EOS",
+           "of its peak", "score", "KL")
+
+
+def row(folder):
+    """The numbers of one run, from rm.jsonl (where it is) and ppo.jsonl."""
+    source = folder if (folder / "rm.jsonl").exists() else folder.with_name(folder.name.split("-")[0])
+    rm = json.loads((source / "rm.jsonl").read_text().splitlines()[-1])["report"]
+    lines = [json.loads(line) for line in (folder / "ppo.jsonl").read_text().splitlines()]
+    reports = [line["report"] for line in lines if "report" in line]
+    before, after = (next(r for r in reports if r["update"] == u) for u in (0, max(r["update"] for r in reports)))
+    closed = (after["gold"] - before["gold"]) / (1 - before["gold"])
+    peak = max(r["gold"] for r in reports)
+    return (rm["accuracy"], rm["ceiling"], rm["longer_wins"], before["gold"], after["gold"], closed,
+            after["gold_win_rate"], after["eos"], after["gold"] / peak, after["score"], after["kl"])
+
+
+def main(folders):
+    rows = {folder.name: row(folder) for folder in folders}
+    print("| seed | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
+    for name, numbers in rows.items():
+        print(f"| {name} | " + " | ".join(f"{x:.3f}" for x in numbers) + " |")
+    if len(rows) > 1:
+        spread = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in zip(*rows.values())]
+        print("| mean ± sd | " + " | ".join(spread) + " |")
+
+
+if __name__ == "__main__":
+    main([Path(name) for name in sys.argv[1:]])

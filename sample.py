@@ -1,0 +1,104 @@
+"""Talk to a checkpoint: print continuations, and their scores when a reward model is given.
+
+    python sample.py --ckpt out/ppo.pt --reward out/rm.pt "Tell a story about a fox and a lantern."
+    python sample.py --ckpt out/sft.pt --reward out/rm.pt --best-of 16 "Tell a story about a fox and a lantern."
+    python sample.py --ckpt out/ppo.pt            # no prompt: a small chat loop; an empty line ends it
+"""
+import argparse
+import sys
+
+import torch
+
+from common import UserError, load, load_tokenizer, pad, pick_device
+from model import GPT, RewardModel
+
+
+@torch.inference_mode()
+def respond(gpt, tokenizer, prompt, args, generator):
+    """args.n responses to one prompt: tokens (n,T), lengths (n,), prompt length P."""
+    row = tokenizer.encode(prompt) or [tokenizer.eos]
+    room = gpt.config.block_size - len(row)
+    if room < 1:
+        raise UserError(f"the prompt has {len(row)} tokens, and the model takes {gpt.config.block_size} with the response")
+    tokens, lengths = pad([row] * max(args.n, args.best_of), gpt.lm_head.weight.device)
+    tokens, lengths = gpt.generate(tokens, lengths, min(room, args.max_new_tokens), args.temperature, args.top_k,
+                                   args.top_p, tokenizer.eos, generator)
+    return tokens, lengths, len(row)
+
+
+def score(rm, tokens, lengths):
+    """(n,) scores; a response that leaves no room for the reward token is cut by one."""
+    room = rm.config.block_size - (rm.pool == "token")
+    with torch.inference_mode():
+        return rm.score(tokens[:, :room], lengths.clamp(max=room))
+
+
+def answer(prompt, gpt, rm, tokenizer, args, generator):
+    """Print the responses to one prompt, best score first; with --best-of only the best."""
+    tokens, lengths, P = respond(gpt, tokenizer, prompt, args, generator)
+    scores = score(rm, tokens, lengths) if rm else torch.zeros(len(tokens))
+    order = scores.argsort(descending=True).tolist() if rm else range(len(tokens))
+    if args.best_of:
+        print(f"[best of {args.best_of}; scores {scores.min():.2f} to {scores.max():.2f}, mean {scores.mean():.2f}]")
+        order = order[:1]
+    for i in order:
+        ended = "" if tokens[i, lengths[i] - 1] == tokenizer.eos else " [...]"
+        mark = f"[{scores[i]:+.2f}]" if rm else ">>"
+        print(f"{mark}{tokenizer.decode(tokens[i, P : lengths[i]].tolist())}{ended}\n")
+
+
+def read_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="?", help="text to continue; without it a chat loop")
+    parser.add_argument("--ckpt", default="out/ppo.pt", help="language model (default %(default)s)")
+    parser.add_argument("--reward", help="reward model that scores each response, e.g. out/rm.pt")
+    parser.add_argument("--n", type=int, default=3, help="responses to print (default %(default)s)")
+    parser.add_argument("--best-of", type=int, default=0, help="sample so many, print the one with the best score")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default 1)")
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens only")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that make up this probability")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest response (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the samples (default %(default)s)")
+    parser.add_argument("--device", default="auto", help='"cuda", "mps" or "cpu"')
+    return parser.parse_args()
+
+
+def check(args):
+    """Numbers that make no sense are the user's mistake, not a traceback."""
+    if args.best_of and not args.reward:
+        raise UserError("--best-of needs a reward model: --reward out/rm.pt")
+    if min(args.n, args.max_new_tokens) < 1 or min(args.best_of, args.temperature) < 0:
+        raise UserError("--n and --max-new-tokens start at 1, --best-of and --temperature at 0")
+    if (args.top_k is not None and args.top_k < 1) or (args.top_p is not None and not 0 < args.top_p <= 1):
+        raise UserError("--top-k starts at 1, and --top-p lies above 0 and up to 1")
+
+
+def prompts(args):
+    """The prompt of the command line, or what is typed, line by line."""
+    if args.prompt is not None:
+        yield args.prompt
+        return
+    while line := input("> ").strip():
+        yield line
+
+
+def main(args):
+    check(args)
+    device = pick_device(args.device)
+    gpt, tokenizer, rm = load(GPT, args.ckpt).to(device), load_tokenizer(args.ckpt), None
+    if args.reward:
+        rm = load(RewardModel, args.reward).to(device)
+        if load_tokenizer(args.reward).spec() != tokenizer.spec():
+            raise UserError(f"{args.reward} was trained with another tokenizer than {args.ckpt}")
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for prompt in prompts(args):
+        answer(prompt, gpt, rm, tokenizer, args, generator)
+
+
+if __name__ == "__main__":
+    try:
+        main(read_args())
+    except (UserError, OSError) as error:
+        sys.exit(f"sample.py: {error}")
+    except (EOFError, KeyboardInterrupt):
+        print()

@@ -1,0 +1,504 @@
+"""model.py against a NumPy GPT, plain formulas and one-by-one runs. Ids (M1, R7, ...): recipe.md, section 5."""
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import model
+from model import GPT, GPTConfig, KVCache, RewardModel, sample
+
+PROMPTS = [[3], [5, 1, 4, 2, 9], [7, 7], [1, 2, 3, 4, 5, 6, 7], [16, 0, 8], [2, 12], [4, 4, 4, 4], [9, 10, 11, 12, 13, 14]]
+
+
+def padded(rows, fill=0):
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), fill)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    return tokens, lengths
+
+
+def random_tokens(rng, *shape, vocab=17):
+    return torch.randint(vocab, shape, generator=rng)
+
+
+# ---- trunk ----
+
+def numpy_gpt(weights, n_layer, n_head, tokens):
+    """GPT-2's forward pass from its definition: one row of tokens (T,) -> logits (T,V)."""
+    w = {name: value.double().numpy() for name, value in weights.items()}
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0)
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * w[name + ".weight"] + w.get(name + ".bias", 0)
+
+    T = len(tokens)
+    x = w["trunk.wte.weight"][tokens] + w["trunk.wpe.weight"][:T]
+    D = x.shape[1] // n_head
+    for layer in range(n_layer):
+        at = f"trunk.blocks.{layer}."
+        q, k, v = np.split(linear(norm(x, at + "ln_1"), at + "attn.qkv"), 3, axis=1)
+        heads = []
+        for head in range(n_head):
+            part = slice(head * D, (head + 1) * D)
+            y = np.zeros((T, D))
+            for t in range(T):
+                e = np.exp(q[t, part] @ k[: t + 1, part].T / math.sqrt(D))
+                y[t] = e / e.sum() @ v[: t + 1, part]
+            heads.append(y)
+        x = x + linear(np.concatenate(heads, 1), at + "attn.proj")
+        u = linear(norm(x, at + "ln_2"), at + "mlp.up")
+        u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        x = x + linear(u, at + "mlp.proj")
+    return norm(x, "trunk.ln_f") @ w["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_equals_numpy_gpt(tiny, rng, bias):
+    gpt, tokens = tiny(bias=bias), random_tokens(rng, 2, 32)
+    for row, logits in zip(tokens, gpt(tokens)):
+        np.testing.assert_allclose(logits.detach().numpy(), numpy_gpt(gpt.state_dict(), 2, 2, row.numpy()), atol=1e-4)
+
+
+@torch.no_grad()
+def test_M1_causality_of_logits_and_values(tiny, rng):
+    gpt, tokens = tiny(), random_tokens(rng, 2, 12)
+    nets = [gpt] + [RewardModel.from_gpt(gpt, pool) for pool in RewardModel.POOLS]
+    for net in nets:
+        before = net(tokens)
+        for j in (1, 5, 11):
+            other = tokens.clone()
+            other[:, j] = (other[:, j] + 1) % 17
+            after = net(other)
+            assert torch.equal(before[:, :j], after[:, :j])
+            if getattr(net, "pool", "") != "max":
+                assert not torch.isclose(before[:, j], after[:, j]).all()
+
+
+@torch.no_grad()
+def test_M2_right_padding_changes_nothing(tiny, rng):
+    gpt, tokens = tiny(), random_tokens(rng, 3, 9)
+    for pads in (1, 7, 23):
+        longer = torch.cat([tokens, random_tokens(rng, 3, pads)], 1)
+        torch.testing.assert_close(gpt(longer)[:, :9], gpt(tokens), atol=1e-5, rtol=0)
+
+
+def test_M12_every_position_and_its_own(tiny, rng):
+    gpt, tokens = tiny(), random_tokens(rng, 2, 10)
+    assert gpt.trunk(tokens).shape == (2, 10, 32) and gpt(tokens).shape == (2, 10, 17)
+    values = RewardModel.from_gpt(gpt)(tokens)
+    assert values.shape == (2, 10) and len(values[0].unique()) == 10
+
+
+def test_M13_dropout_0_means_train_equals_eval(tiny, rng):
+    tokens = random_tokens(rng, 2, 10)
+    for net in (tiny(), RewardModel.from_gpt(tiny())):
+        want = net(tokens)
+        net.train()
+        assert torch.equal(net(tokens), want) and torch.equal(net(tokens), want)
+    noisy = tiny(dropout=0.2).train()
+    assert not torch.allclose(noisy(tokens), noisy(tokens))
+
+
+def test_M13_every_dropout_is_used(tiny, rng):
+    """Attention, residual branches and embedding: with the others off, each alone makes noise."""
+    tokens = random_tokens(rng, 1, 10)
+    for keep in ("attention", "branch", "embedding"):
+        gpt = tiny(dropout=0.5).train()
+        if keep != "embedding":
+            gpt.trunk.drop.p = 0.0
+        for block in gpt.trunk.blocks:
+            block.drop.p = 0.5 if keep == "branch" else 0.0
+            block.attn.dropout = 0.5 if keep == "attention" else 0.0
+        assert not torch.allclose(gpt(tokens), gpt(tokens)), keep
+        gpt.eval()
+        assert torch.equal(gpt(tokens), gpt(tokens)), keep
+
+
+def test_too_long_is_an_error(tiny):
+    gpt = tiny()
+    with pytest.raises(ValueError, match="block_size 32"):
+        gpt(torch.zeros(1, 33, dtype=torch.long))
+    cache = KVCache(gpt.trunk, 1, 40)
+    gpt.trunk(torch.zeros(1, 30, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="block_size 32"):
+        gpt.trunk(torch.zeros(1, 3, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="n_head"):
+        GPTConfig(d_model=30, n_head=4)
+
+
+# ---- cache ----
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[1] * 10, [4, 1, 5], [2, 3, 1, 1, 3]])
+def test_M8_cache_equals_full_forward_at_every_position(tiny, rng, chunks):
+    """Ragged rows, continued token by token or several at once on a cache that is not empty."""
+    gpt = tiny()
+    tokens, lengths = padded(PROMPTS, fill=15)
+    P, B = tokens.shape[1], len(PROMPTS)
+    more = random_tokens(rng, B, sum(chunks))
+    want = [gpt.trunk(torch.cat([tokens[i, :n], more[i]])[None])[0, n:] for i, n in enumerate(lengths)]
+    cache = KVCache(gpt.trunk, B, P + sum(chunks))
+    prefill = gpt.trunk(tokens, cache)
+    torch.testing.assert_close(prefill, gpt.trunk(tokens), atol=1e-4, rtol=0)
+    cache.length = lengths.clone()
+    got = torch.cat([gpt.trunk(part, cache) for part in more.split(chunks, 1)], 1)
+    torch.testing.assert_close(got, torch.stack(want), atol=1e-4, rtol=0)
+    assert cache.length.tolist() == [n + sum(chunks) for n in lengths]
+
+
+@torch.no_grad()
+def test_cache_keep_forgets_only_the_other_rows(tiny, rng):
+    gpt, tokens, more = tiny(), random_tokens(rng, 4, 6), random_tokens(rng, 4, 3)
+    cache = KVCache(gpt.trunk, 4, 9)
+    gpt.trunk(tokens, cache)
+    rows = torch.tensor([False, True, False, True])
+    cache.keep(rows)
+    want = gpt.trunk(torch.cat([tokens, more], 1)[rows])[:, 6:]
+    torch.testing.assert_close(gpt.trunk(more[rows], cache), want, atol=1e-4, rtol=0)
+
+
+# ---- generate ----
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Sizes of the batches that generate goes on with after dropping rows."""
+    sizes, keep = [], KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda self, rows: (sizes.append(int(rows.sum())), keep(self, rows)))
+    return sizes
+
+
+def check_one_by_one(gpt, prompts, new, **how):
+    """Batched generation = each prompt alone, drawing from one generator in turn; returns the rows."""
+    tokens, lengths = padded(prompts)
+    before = tokens.clone()
+    out, n = gpt.generate(tokens, lengths, new, generator=torch.Generator().manual_seed(5), **how)
+    assert torch.equal(tokens, before) and lengths.tolist() == [len(p) for p in prompts]  # inputs are left alone
+    generator, rows = torch.Generator().manual_seed(5), []
+    for i, prompt in enumerate(prompts):
+        alone, m = gpt.generate(torch.tensor([prompt]), torch.tensor([len(prompt)]), new, generator=generator, **how)
+        row = out[i, : n[i]].tolist()
+        assert row == alone[0].tolist() and n[i] == m[0] == len(row)
+        assert row[: len(prompt)] == prompt and (out[i, n[i] :] == 0).all()  # M11, and zeros beyond
+        eos = how.get("eos")
+        response = row[len(prompt) :]
+        assert eos not in response[:-1]
+        assert len(response) == new or response[-1] == eos
+        rows.append(row)
+    assert out.shape[1] == int(n.max())
+    return rows
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_M6_greedy_batch_equals_one_by_one(tiny, kept, seed):
+    gpt = tiny(seed)
+    rows = check_one_by_one(gpt, PROMPTS, 20, temperature=0)
+    for row, prompt in zip(rows, PROMPTS):  # and equals the definition, without a cache
+        for t in range(len(prompt), len(row)):
+            assert row[t] == int(gpt(torch.tensor([row[:t]]))[0, -1].argmax())
+    assert not kept
+    responses = [row[len(prompt) :] for row, prompt in zip(rows, PROMPTS)]
+    eos = max(range(17), key=lambda v: len({r.index(v) for r in responses if v in r}))  # ends rows at many places
+    check_one_by_one(gpt, PROMPTS, 20, temperature=0, eos=eos)
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8},
+                                 {"eos": 4, "temperature": 3.0}, {"eos": 0, "temperature": 3.0},
+                                 {"eos": 3, "temperature": 4.0, "top_k": 12, "top_p": 0.95}], ids=str)
+def test_M7_sampled_batch_equals_one_by_one(tiny, kept, how):
+    rows = check_one_by_one(tiny(3), PROMPTS * 2, 24, **how)
+    if "eos" in how:  # rows were dropped, more than once, and some stayed
+        assert len(kept) > 1 and len({len(row) for row in rows}) > 4
+
+
+def test_generate_stops_at_the_first_new_eos_only(tiny, monkeypatch):
+    """An eos in the prompt ends nothing; the new one is counted, and what follows it is 0."""
+    gpt = tiny()
+    monkeypatch.setattr(gpt.lm_head, "forward", lambda h: torch.nn.functional.one_hot(script.pop(0), 17) * 50.0)
+    script = [torch.tensor([5, 6, 5]), torch.tensor([6, 5]), torch.tensor([2])]  # rows that are done are dropped
+    tokens, lengths = gpt.generate(*padded([[6, 6], [6], [1, 2]]), 3, eos=6)
+    assert lengths.tolist() == [4, 2, 5]
+    assert tokens.tolist() == [[6, 6, 5, 6, 0], [6, 6, 0, 0, 0], [1, 2, 5, 5, 2]]
+    assert not script
+
+
+def test_generate_stops_altogether_when_all_rows_have(tiny, monkeypatch):
+    gpt = tiny()
+    steps = []
+    monkeypatch.setattr(gpt.lm_head, "forward",
+                        lambda h: steps.append(1) or torch.nn.functional.one_hot(torch.full((len(h),), 6), 17) * 50.0)
+    tokens, lengths = gpt.generate(*padded([[1, 2], [3]]), 20, eos=6)
+    assert len(steps) == 1 and tokens.tolist() == [[1, 2, 6], [3, 6, 0]] and lengths.tolist() == [3, 2]
+
+
+def test_M11_prompt_is_never_cropped(tiny):
+    gpt = tiny()
+    with pytest.raises(ValueError, match="block_size 32"):
+        gpt.generate(torch.zeros(1, 20, dtype=torch.long), torch.tensor([20]), 13)
+    tokens, lengths = gpt.generate(torch.ones(2, 20, dtype=torch.long), torch.tensor([20, 3]), 12)
+    assert tokens.shape == (2, 32) and lengths.tolist() == [32, 15]
+    tokens, lengths = gpt.generate(*padded([[1, 2], [3]]), 0)
+    assert tokens.tolist() == [[1, 2], [3, 0]] and lengths.tolist() == [2, 1]
+
+
+def test_generate_ignores_what_stands_in_the_pads(tiny):
+    gpt = tiny()
+    for new in (1, 10):  # with 1 some of the pads are not written over
+        zeros, sevens = (gpt.generate(*padded(PROMPTS, fill), new, temperature=0) for fill in (0, 7))
+        assert torch.equal(zeros[0], sevens[0]) and torch.equal(zeros[1], sevens[1])
+
+
+# ---- sample ----
+
+def grid_counts(logits, n=100_000, **how):
+    """Share of each token over an even grid of uniforms in [0,1)."""
+    uniform = (torch.arange(n) + 0.5) / n
+    return sample(logits.expand(n, -1), uniform, **how).bincount(minlength=len(logits)) / n
+
+
+@pytest.mark.parametrize("T", [0.5, 0.7, 1.0])
+def test_M9_frequencies_match_softmax(rng, T):
+    logits, n = torch.randn(9, generator=rng), 20_000
+    p = (logits.double() / T).softmax(-1)
+    torch.testing.assert_close(grid_counts(logits, temperature=T).double(), p, atol=3e-5, rtol=0)
+    got = sample(logits.expand(n, -1), torch.rand(n, generator=rng), T).bincount(minlength=9)
+    assert ((got - n * p) ** 2 / (n * p)).sum() < 26.12  # chi-square, 8 degrees of freedom, p = 1e-3
+
+
+def test_temperature_0_takes_the_likeliest(rng):
+    logits = torch.randn(50, 17, generator=rng)
+    assert torch.equal(sample(logits, torch.rand(50, generator=rng), temperature=0), logits.argmax(-1))
+
+
+P = torch.tensor([0.05, 0.3, 0.0, 0.5, 0.15])  # likeliest first: 3, 1, 4, 0; never 2
+
+
+@pytest.mark.parametrize("how, left", [
+    ({"top_k": 1}, [3]), ({"top_k": 2}, [1, 3]), ({"top_k": 4}, [0, 1, 3, 4]), ({"top_k": 99}, [0, 1, 3, 4]),
+    ({"top_p": 0.4}, [3]), ({"top_p": 0.6}, [1, 3]), ({"top_p": 0.9}, [1, 3, 4]), ({"top_p": 0.96}, [0, 1, 3, 4]),
+    ({"top_p": 1.0}, [0, 1, 3, 4]), ({"top_k": 2, "top_p": 0.6}, [3]), ({"top_k": 3, "top_p": 0.7}, [1, 3])], ids=str)
+def test_top_k_and_top_p_keep_the_smallest_set(how, left):
+    """top_p keeps the fewest whose probabilities reach it, among those that top_k leaves; the rest grow alike."""
+    want = torch.zeros(5)
+    want[left] = P[left] / P[left].sum()
+    torch.testing.assert_close(grid_counts(P.log(), **how), want, atol=3e-5, rtol=0)
+
+
+def test_top_p_looks_at_the_probabilities_after_the_temperature():
+    """At T=.5 they are .09:.9:... of .685 and .247, so .9 needs two; at T=1 it needs three."""
+    assert (grid_counts(P.log(), temperature=0.5, top_p=0.9) > 0).tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("zeros", [[0], [16], [0, 1, 2, 15, 16], list(range(16)), list(range(1, 17))], ids=str)
+def test_no_token_of_probability_0(rng, zeros):
+    """Not for the smallest and the largest number that torch.rand gives, wherever the zeros stand."""
+    logits = torch.randn(300, 17, generator=rng) * 3
+    logits[:, zeros] = -torch.inf
+    for uniform in (0.0, 2**-24, 0.5, 1 - 2**-24):
+        token = sample(logits, torch.full((300,), uniform))
+        assert not torch.isin(token, torch.tensor(zeros)).any() and token.max() < 17
+    tiny_tail = torch.tensor([[0.0, -200.0, -torch.inf]])  # exp(-200) is 0 in float32
+    assert [int(sample(tiny_tail, torch.tensor([u]))) for u in (0.0, 1 - 2**-24)] == [0, 0]
+
+
+# ---- logps ----
+
+@pytest.mark.parametrize("pieces", [2**24, 17 * 6, 1], ids=["whole", "six", "single"])
+def test_logps_in_pieces_equal_the_plain_formula_with_gradients(tiny, rng, monkeypatch, pieces):
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", pieces)
+    gpt, plain = tiny(), tiny()
+    tokens, weight = random_tokens(rng, 2, 10), torch.randn(20, generator=rng)
+    targets = random_tokens(rng, 20)
+    got = gpt.logps(gpt.trunk(tokens).reshape(20, 32), targets, temperature=0.7)
+    want = (plain(tokens).reshape(20, 17) / 0.7).log_softmax(-1)[range(20), targets]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    (got @ weight).backward()
+    (want @ weight).backward()
+    for (name, p), q in zip(gpt.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_logps_never_holds_all_logits(tiny, rng, monkeypatch):
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 17 * 6)
+    gpt, seen = tiny(), []
+    gpt.lm_head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    gpt.logps(torch.randn(20, 32, generator=rng), random_tokens(rng, 20))
+    assert seen == [6, 6, 6, 2]
+
+
+def test_M14_log_softmax_in_float32(tiny, rng):
+    gpt = tiny().bfloat16()
+    h, targets = torch.randn(20, 32, generator=rng).bfloat16(), random_tokens(rng, 20)
+    got, logits = gpt.logps(h, targets), gpt.lm_head(h)
+    assert got.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    torch.testing.assert_close(got, logits.float().log_softmax(-1)[range(20), targets], atol=1e-6, rtol=0)
+    assert RewardModel.from_gpt(gpt).bfloat16()(targets[None]).dtype == torch.float32
+
+
+# ---- heads ----
+
+def n_params(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_M15_head_swap(tiny):
+    gpt = tiny()
+    before = copy.deepcopy(gpt.state_dict())
+    for pool in RewardModel.POOLS:
+        rm = RewardModel.from_gpt(gpt, pool)
+        assert torch.equal(rm.trunk.wte.weight, gpt.trunk.wte.weight)
+        assert rm.reward_head.weight.shape == (1, 32)
+        assert not any("lm_head" in name for name in rm.state_dict())
+        assert n_params(rm) == n_params(gpt.trunk) + 32 + 1 + 32 * (pool == "token")
+        with torch.no_grad():
+            for p in rm.parameters():
+                p.add_(1.0)
+    assert all(torch.equal(before[name], value) for name, value in gpt.state_dict().items())
+    with pytest.raises(ValueError, match="'first'"):
+        RewardModel.from_gpt(gpt, "first")
+
+
+def test_M15_optimizer_sees_each_parameter_once(tiny):
+    gpt = tiny()
+    assert n_params(gpt) == n_params(gpt.trunk)  # the tied head adds none
+    assert len({id(p) for p in gpt.parameters()}) == len(list(gpt.parameters()))
+
+
+def test_M16_copies_share_nothing_and_stay_tied(tiny):
+    gpt = tiny()
+    nets = [gpt, copy.deepcopy(gpt), RewardModel.from_gpt(gpt), RewardModel.from_gpt(gpt)]
+    places = [{p.data_ptr() for p in net.parameters()} for net in nets]
+    assert len(set.union(*places)) == sum(map(len, places))
+    for net in nets[:2]:
+        assert net.lm_head.weight is net.trunk.wte.weight
+
+
+def test_real_sizes():
+    """GPT-2 small, without its memory: the vocabulary head is 768 x 50257, the reward head 768 x 1."""
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig())
+        rm = RewardModel.from_gpt(gpt)
+        tokens = torch.zeros(1, 5, dtype=torch.long)
+        assert gpt.lm_head.weight.shape == (50257, 768) and len(gpt.trunk.blocks) == 12
+        assert rm.reward_head.weight.shape == (1, 768)
+        assert gpt.trunk(tokens).shape == rm.trunk(tokens).shape == (1, 5, 768)
+        assert gpt(tokens).shape == (1, 5, 50257) and rm(tokens).shape == (1, 5)
+    assert n_params(gpt) == 124_439_808 and n_params(rm) == 124_439_808 + 769
+    assert gpt.trunk.wpe.weight.shape == (1024, 768)
+
+
+def test_R9_head_init():
+    rm = RewardModel(model.Trunk(GPTConfig(vocab_size=1, block_size=1, n_layer=0, n_head=1, d_model=4096)))
+    assert rm.reward_head.weight.std().item() == pytest.approx(1 / math.sqrt(4097), rel=0.05)
+    assert rm.reward_head.bias.item() == 0
+
+
+# ---- where the reward model reads ----
+
+@pytest.fixture(params=RewardModel.POOLS)
+def rm(request, tiny):
+    torch.manual_seed(1)
+    rm = RewardModel.from_gpt(tiny(), request.param).eval()
+    with torch.no_grad():
+        rm.reward_head.bias.fill_(0.7)
+        rm.shift.fill_(0.4)
+        rm.scale.fill_(2.5)
+    return rm
+
+
+def plain_score(rm, row):
+    """The definition, on one text without pads."""
+    if rm.pool == "token":
+        x = torch.cat([rm.trunk.wte(torch.tensor(row)), rm.reward_token[None]])
+        h = rm.trunk.encode(x[None])[0, -1]
+    else:
+        h = rm.trunk(torch.tensor([row]))[0]
+        h = {"last": h[-1], "mean": h.sum(0) / len(row), "max": h.max(0).values}[rm.pool]
+    return (h @ rm.reward_head.weight[0] + rm.reward_head.bias - rm.shift)[0] / rm.scale
+
+
+@torch.no_grad()
+def test_R1_R7_R8_score_is_the_definition_in_any_batch(rm, rng):
+    """Alone, in a batch, in another order, with any pads to the right; texts of length 1 too."""
+    tokens, lengths = padded(PROMPTS)
+    want = torch.stack([plain_score(rm, row) for row in PROMPTS])
+    torch.testing.assert_close(rm.score(tokens, lengths), want, atol=1e-5, rtol=0)
+    order = torch.randperm(len(PROMPTS), generator=rng)
+    torch.testing.assert_close(rm.score(tokens[order], lengths[order]), want[order], atol=1e-5, rtol=0)
+    for i, row in enumerate(PROMPTS):
+        torch.testing.assert_close(rm.score(torch.tensor([row]), torch.tensor([len(row)])), want[i : i + 1],
+                                   atol=1e-5, rtol=0)
+    for fill in range(17):
+        more = torch.cat([padded(PROMPTS, fill)[0], torch.full((len(PROMPTS), fill), fill)], 1)
+        torch.testing.assert_close(rm.score(more, lengths), want, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_forward_is_the_score_of_every_prefix(rm, rng):
+    """Running mean and maximum for "mean" and "max"; without the reward token for "token"."""
+    tokens = random_tokens(rng, 2, 10)
+    values = rm(tokens)
+    if rm.pool == "token":
+        want = (rm.reward_head(rm.trunk(tokens)).squeeze(-1) - rm.shift) / rm.scale
+    else:
+        want = torch.stack([rm.score(tokens, torch.tensor([n, n])) for n in range(1, 11)], 1)
+        torch.testing.assert_close(values[0, 6], plain_score(rm, tokens[0, :7].tolist()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values, want, atol=1e-5, rtol=0)
+
+
+def poisoned(rm, tokens, lengths, poison):
+    """Scores and gradients when every hidden state beyond a row's end is `poison`."""
+    def hook(h):
+        outside = torch.arange(h.shape[1]) >= lengths[:, None] + (rm.pool == "token")
+        return torch.where(outside[:, :, None], poison, h)
+
+    rm.zero_grad()
+    end = rm.trunk.ln_f.register_forward_hook(lambda module, args, h: hook(h))
+    scores = rm.score(tokens, lengths)
+    end.remove()
+    (scores * torch.arange(1.0, len(scores) + 1)).sum().backward()
+    return scores.detach(), [p.grad.clone() for p in rm.parameters()]
+
+
+def test_R3_poison_in_the_pads_reaches_neither_score_nor_gradient(rm):
+    tokens, lengths = padded(PROMPTS)
+    score, grads = poisoned(rm, tokens, lengths, 0.0)
+    for poison in (1e6, -1e6):
+        got, got_grads = poisoned(rm, tokens, lengths, poison)
+        assert torch.equal(score, got)
+        for a, b in zip(grads, got_grads):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert torch.equal(score, poisoned(rm, tokens, lengths, math.nan)[0])
+
+
+def test_R7_mean_of_a_constant_and_max_of_negatives(tiny):
+    gpt, (tokens, lengths) = tiny(), padded(PROMPTS)
+    state = -torch.arange(1.0, 33)  # all negative, so a pad of 0 would win the maximum
+    for pool in ("mean", "max"):
+        rm = RewardModel.from_gpt(gpt, pool)
+        torch.nn.init.zeros_(rm.trunk.ln_f.weight)
+        with torch.no_grad():
+            rm.trunk.ln_f.bias.copy_(state)
+        want = (state @ rm.reward_head.weight[0]).expand(len(PROMPTS))
+        torch.testing.assert_close(rm.score(tokens, lengths), want, atol=1e-5, rtol=0)
+
+
+def test_R7_reward_token_is_no_vocabulary_entry(tiny, rng):
+    gpt, tokens = tiny(), random_tokens(rng, 2, 31)
+    before = gpt(tokens)
+    rm = RewardModel.from_gpt(gpt, "token")
+    assert rm.reward_token.shape == (32,) and rm.trunk.wte.weight.shape == (17, 32)
+    assert gpt.state_dict().keys() == tiny().state_dict().keys() and rm.config.vocab_size == 17
+    rm.score(tokens, torch.tensor([31, 4])).sum().backward()
+    assert rm.reward_token.grad.abs().sum() > 0
+    with torch.no_grad():
+        rm.reward_token.add_(5.0)
+    assert torch.equal(gpt(tokens), before)
+    assert torch.equal(rm.trunk(tokens), gpt.trunk(tokens))
+    with pytest.raises(ValueError, match="block_size"):
+        rm.score(torch.zeros(1, 32, dtype=torch.long), torch.tensor([32]))

@@ -1,0 +1,389 @@
+"""data/records.py: every form of line and every way a file can be wrong; checkpoints and command line of common.py."""
+import dataclasses
+import inspect
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import common
+import ppo
+import train_rm
+import train_sft
+from data.records import UserError, open_data, read_preferences, read_prompts, read_sft
+from data.tokenizer import train_tokenizer
+from model import GPT, RewardModel
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(line, ...) -> path of a JSONL file; dicts become JSON, bytes stay as they are."""
+    def make(*lines):
+        path = tmp_path / "data.jsonl"
+        raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+        path.write_bytes(b"\n".join(raw) + b"\n")
+        return path
+    return make
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+# ---- good lines ----
+
+def test_demonstrations(write):
+    path = write({"prompt": "p", "completion": " c"}, {"text": "t"}, {"prompt": "", "completion": "漢字", "extra": 1},
+                 {"messages": [turn("user", "hi"), turn("assistant", "yes?"), turn("user", "so"), turn("assistant", "ok")]},
+                 {"messages": [turn("system", "be"), turn("human", "hi"), turn("assistant", "ok")]})
+    assert read_sft(path) == [
+        ("p", " c"), ("", "t"), ("", "漢字"),
+        ("Human: hi\n\nAssistant: yes?\n\nHuman: so\n\nAssistant:", " ok"), ("System: be\n\nHuman: hi\n\nAssistant:", " ok")]
+
+
+def test_preferences(write):
+    path = write({"prompt": "p", "chosen": "a", "rejected": "b"},
+                 {"prompt": "p", "responses": ["a", "b", "c"]},
+                 {"prompt": "p", "responses": ["a", "b", "c", "d"], "ranks": [2, 0, 0, 1.5]},
+                 {"prompt": "p", "responses": ["a", "b"], "gold": [0.5, 1]})
+    assert [row[:3] for row in read_preferences(path)] == [
+        ("p", ["a", "b"], [0, 1]), ("p", ["a", "b", "c"], [0, 1, 2]), ("p", ["a", "b", "c", "d"], [2, 0, 0, 1.5]),
+        ("p", ["a", "b"], [0, 1])]
+    assert [row[3] for row in read_preferences(path)] == [None, None, None, [0.5, 1]]
+
+
+def test_chat_lists_in_the_columns(write):
+    """As in TRL's conversational form; the text is that of the roles."""
+    path = write({"prompt": [turn("user", "hi")], "chosen": [turn("assistant", "yes")], "rejected": [turn("assistant", "no")]})
+    prompt, responses, ranks = read_preferences(path)[0][:3]
+    assert prompt.startswith("Human: hi") and ranks == [0, 1]
+    assert "yes" in responses[0] and "no" in responses[1]
+    assert read_prompts(write({"prompt": [turn("user", "hi")]}))[0].startswith("Human: hi")
+
+
+def test_chat_lists_read_like_messages(write):
+    """Else the three stages would show the model three forms of the same prompt."""
+    user, yes, no = [turn("user", "hi")], [turn("assistant", "yes")], [turn("assistant", "no")]
+    prompt, completion = read_sft(write({"messages": user + yes}))[0]
+    assert read_sft(write({"prompt": user, "completion": yes})) == [(prompt, completion)]
+    assert read_preferences(write({"prompt": user, "chosen": yes, "rejected": no}))[0][:2] == (prompt, [" yes", " no"])
+    assert read_preferences(write({"prompt": user, "responses": [yes, no]}))[0][:2] == (prompt, [" yes", " no"])
+    assert read_prompts(write({"prompt": user})) == [prompt]
+
+
+def test_prompts(write):
+    assert read_prompts(write({"prompt": "a"}, {"prompt": "", "completion": 3})) == ["a", ""]
+
+
+def test_bom_crlf_and_blank_lines(write):
+    path = write(b'\xef\xbb\xbf{"prompt": "a"}\r', b"", b"  \r", b'\t{"prompt": "b"}  \r')
+    assert read_prompts(path) == ["a", "b"]
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "b"}')  # no newline at the end
+    assert read_prompts(path) == ["a", "b"]
+    path.write_text('{"prompt": "a\u2028b\x85c"}\n', "utf-8")  # these are no line ends
+    assert read_prompts(path) == ["a\u2028b\x85c"]
+
+
+# ---- bad lines ----
+
+OK = {"prompt": "p", "chosen": "a", "rejected": "b", "completion": "c"}
+NO_JSON = [(b"{", "not JSON"), (b"hello", "not JSON"), (b'{"prompt": "a"} {}', "not JSON: Extra data"),
+           (b'["prompt"]', "not a JSON object"), (b"null", "not a JSON object"), (b'{"prompt": "\xff"}', "not UTF-8 at byte 12"),
+           ('{"prompt": "a"}'.encode("utf-16"), "not"), (b"[" * 100_000, "nested too deeply"),
+           (b'{"a":' * 100_000, "nested too deeply")]
+BAD = [(read, line, says) for read in (read_sft, read_preferences, read_prompts) for line, says in NO_JSON] + [
+    (read_prompts, {"Prompt": "a"}, '"prompt" is missing'), (read_prompts, {"prompt": 3}, '"prompt" is no string'),
+    (read_prompts, {"prompt": None}, '"prompt" is no string'),
+    (read_prompts, b'{"prompt": "a\\ud800"}', '"prompt" holds half a character'),
+    (read_prompts, {"prompt": [turn("robot", "x")]}, '"role"'), (read_prompts, {"prompt": ["x"]}, '"role"'),
+    (read_sft, {"prompt": "a"}, '"completion" is missing'), (read_sft, {"completion": "a"}, '"prompt" is missing'),
+    (read_sft, {"prompt": "a", "completion": ""}, "completion is empty"), (read_sft, {"text": ""}, "completion is empty"),
+    (read_sft, {"text": 1}, '"text" is no string'), (read_sft, b'{"text": "\\udc00x"}', "half a character"),
+    (read_sft, {"messages": "x"}, '"messages" needs two turns'), (read_sft, {"messages": [turn("user", "a")]}, "two turns"),
+    (read_sft, {"messages": [turn("user", "a"), turn("tool", "b")]}, '"role"'),
+    (read_sft, {"messages": [turn("user", "a"), {"role": "assistant"}]}, '"content" is missing'),
+    (read_sft, {"messages": [turn("user", "a"), turn("assistant", 5)]}, '"content" is no string'),
+    (read_sft, b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\ud800"}]}', "half a char"),
+    (read_preferences, {"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
+    (read_preferences, {"prompt": "a", "rejected": "b"}, '"chosen" is missing'),
+    (read_preferences, {"chosen": "a", "rejected": "b"}, '"prompt" is missing'),
+    (read_preferences, {"prompt": "a", "chosen": "b", "rejected": "b"}, "the same"),
+    (read_preferences, {"prompt": "a", "responses": "bc"}, '"responses" is no list'),
+    (read_preferences, {"prompt": "a", "responses": ["b", 1]}, '"responses" is no string'),
+    (read_preferences, {"prompt": "a", "responses": ["b"]}, "no response is better"),
+    (read_preferences, {"prompt": "a", "responses": []}, "no response is better"),
+    (read_preferences, {"prompt": "a", "responses": ["b", "c", "b"]}, "the same"),
+    (read_preferences, {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}, "no response is better"),
+    (read_preferences, {"prompt": "a", "responses": ["b", "c"], "ranks": [1]}, "2 responses and 1 "),
+    (read_preferences, {"prompt": "a", "responses": ["b", "c"], "ranks": 1}, '"ranks" is no list of numbers'),
+    (read_preferences, {"prompt": "a", "responses": ["b", "c"], "ranks": ["0", "1"]}, '"ranks" is no list of numbers'),
+    (read_preferences, {"prompt": "a", "responses": ["b", "c"], "ranks": [True, False]}, '"ranks" is no list of numbers'),
+    (read_preferences, b'{"prompt": "a", "responses": ["b", "c"], "ranks": [NaN, 1]}', '"ranks" is no list of numbers'),
+    (read_preferences, b'{"prompt": "a", "responses": ["b", "c\\ud800"]}', '"responses" holds half'),
+]
+
+
+@pytest.mark.parametrize("read, line, says", BAD, ids=lambda x: getattr(x, "__name__", str(x)[:50]))
+def test_bad_line_is_named_or_skipped_and_counted(write, capsys, read, line, says):
+    path = write(OK, b"", line, OK, line)
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}:3: ") and says in str(error.value) and "--skip-bad" in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+    assert len(read(path, skip_bad=True)) == 2
+    assert capsys.readouterr().out == f"{path}: 2 bad lines skipped, 2 kept\n"
+
+
+@pytest.mark.parametrize("read, line", [
+    (read_prompts, b'{"prompt": "a", "n": ' + b"1" * 5000 + b"}"),
+    (read_sft, {"messages": [turn("user", "a"), turn("assistant", [])]}),
+    (read_sft, {"messages": [turn("user", "a"), turn("assistant", [turn("user", "b")])]}),
+    (read_prompts, {"prompt": [turn(["user"], "a")]}),
+    (read_preferences, b'{"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1' + b"0" * 400 + b"]}")],
+    ids=["number of 5000 digits", "content is []", "content is a chat", "role is a list", "rank 10**400"])
+def test_strange_lines_are_user_errors_too(write, read, line):
+    try:
+        read(write(line))
+    except UserError:
+        return
+    raise AssertionError("accepted")
+
+
+def test_skip_bad_says_nothing_when_all_is_well(write, capsys):
+    assert len(read_prompts(write(OK, OK), skip_bad=True)) == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("read", [read_sft, read_preferences, read_prompts])
+def test_file_that_is_no_file(tmp_path, read):
+    empty = tmp_path / "empty.jsonl"
+    for raw in (b"", b"\n\n \r\n"):
+        empty.write_bytes(raw)
+        with pytest.raises(UserError, match="empty.jsonl: no examples in it"):
+            read(empty)
+    with pytest.raises(UserError, match="no.jsonl is missing"):
+        read(tmp_path / "no.jsonl")
+    with pytest.raises(UserError, match="can't be read"):
+        read(tmp_path)
+    empty.write_bytes(b"{\n")
+    with pytest.raises(UserError, match="no examples"):
+        read(empty, skip_bad=True)
+
+
+def test_open_data(tmp_path):
+    assert open_data(str(tmp_path)) == (tmp_path, None)
+    with pytest.raises(UserError, match="--data .*nowhere: there is no such folder"):
+        open_data(str(tmp_path / "nowhere"))
+
+
+# ---- checkpoints ----
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["low lower lowest slow slower slowest " * 3], 270)
+
+
+@pytest.mark.parametrize("pool", [None, *RewardModel.POOLS])
+def test_save_and_load(tiny, tokenizer, tmp_path, pool):
+    gpt = tiny(vocab_size=tokenizer.vocab_size, bias=pool != "mean", dropout=0.3).train()
+    net = gpt if pool is None else RewardModel.from_gpt(gpt, pool)
+    if pool:
+        net.normalise(torch.tensor([1.0, 4.0]))
+    common.save(tmp_path / "x.pt", net, tokenizer)
+    back = common.load(type(net), tmp_path / "x.pt")
+    assert not back.training and back.config.dropout == 0 and back.config.bias == net.config.bias
+    assert common.load(type(net), tmp_path / "x.pt", dropout=0.2).config.dropout == 0.2
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(back(tokens), net.eval()(tokens))
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in net.state_dict().items())
+    if pool is None:
+        assert back.lm_head.weight is back.trunk.wte.weight
+    else:
+        assert back.pool == pool and (back.shift, back.scale) == (2.5, 1.5)
+    again = common.load_tokenizer(tmp_path / "x.pt")
+    assert again.encode("lower slow x") == tokenizer.encode("lower slow x") and again.vocab_size == tokenizer.vocab_size
+    assert os.listdir(tmp_path) == ["x.pt"]  # no .part is left
+
+
+def test_earlier_file_is_kept_one_generation_back(tiny, tokenizer, tmp_path, capsys):
+    path = tmp_path / "sft.pt"
+    for seed in range(3):
+        common.save(path, tiny(seed), tokenizer)
+    assert sorted(os.listdir(tmp_path)) == ["sft.prev.pt", "sft.pt"]
+    for name, seed in (("sft.pt", 2), ("sft.prev.pt", 1)):
+        assert torch.equal(common.load(GPT, tmp_path / name).trunk.wte.weight, tiny(seed).trunk.wte.weight)
+    assert f"kept as {tmp_path / 'sft.prev.pt'}" in capsys.readouterr().out
+
+
+def test_write_that_fails_leaves_the_earlier_file(tiny, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "sft.pt"
+    common.save(path, tiny(0), tokenizer)
+
+    def broken(data, file):
+        file.write(b"half")
+        raise OSError("disk full")
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError):
+        common.save(path, tiny(1), tokenizer)
+    assert torch.equal(common.load(GPT, path).trunk.wte.weight, tiny(0).trunk.wte.weight)
+
+
+def test_load_of_the_wrong_kind_or_a_missing_file(tiny, tokenizer, tmp_path):
+    common.save(tmp_path / "sft.pt", tiny(), tokenizer)
+    common.save(tmp_path / "rm2.pt", RewardModel.from_gpt(tiny()), tokenizer)
+    with pytest.raises(UserError, match="sft.pt holds a GPT, and a RewardModel is needed here"):
+        common.load(RewardModel, tmp_path / "sft.pt")
+    with pytest.raises(UserError, match="rm2.pt holds a RewardModel, and a GPT"):
+        common.load(GPT, tmp_path / "rm2.pt")
+    for name, maker in (("sft.pt", "train_sft.py"), ("rm.pt", "train_rm.py"), ("ppo.pt", "ppo.py")):
+        for load in (lambda path: common.load(GPT, path), common.load_tokenizer):
+            with pytest.raises(UserError, match=f"{name} is missing: `python {maker}` makes it"):
+                load(tmp_path / "no" / name)
+    with pytest.raises(UserError, match="mine.pt is missing$"):
+        common.load(GPT, tmp_path / "mine.pt")
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x00", b"{}", bytes(range(256)) * 40, b"PK\x03\x04" + b"\0" * 200, b"\x80\x04}."],
+                         ids=["empty", "nul", "text", "random", "zip", "pickle"])
+def test_load_of_something_else(tmp_path, raw):
+    (tmp_path / "x.pt").write_bytes(raw)
+    for load in (lambda path: common.load(GPT, path), common.load_tokenizer):
+        with pytest.raises(UserError, match="x.pt is no checkpoint of onetrunk, or is damaged"):
+            load(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        common.load(GPT, tmp_path)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_load_never_runs_code(tmp_path):
+    torch.save({"kind": "GPT", "config": {}, "tokenizer": {}, "pool": None, "weights": Evil(tmp_path / "ran")}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        common.load(GPT, tmp_path / "x.pt")
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+def changed(tiny, tokenizer, path, change):
+    common.save(path, tiny(vocab_size=tokenizer.vocab_size), tokenizer)
+    data = torch.load(path, weights_only=True)
+    change(data)
+    torch.save(data, path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: data["config"].update(d_model=16), lambda data: data["config"].update(n_layer=3),
+    lambda data: data["config"].update(vocab_size=5), lambda data: data["weights"].pop("trunk.ln_f.bias"),
+    lambda data: data["weights"].update(more=torch.zeros(1))])
+def test_weights_that_do_not_fit(tiny, tokenizer, tmp_path, change):
+    changed(tiny, tokenizer, tmp_path / "x.pt", change)
+    with pytest.raises(UserError, match="x.pt: the weights do not fit this model.py") as error:
+        common.load(GPT, tmp_path / "x.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: data["config"].update(rope=True), lambda data: data["config"].update(n_head=3),
+    lambda data: data.update(weights=None), lambda data: data.update(config=None)],
+    ids=["field of another model.py", "heads", "no weights", "no config"])
+def test_config_that_does_not_fit(tiny, tokenizer, tmp_path, change):
+    changed(tiny, tokenizer, tmp_path / "x.pt", change)
+    try:
+        common.load(GPT, tmp_path / "x.pt")
+    except UserError:
+        return
+    raise AssertionError("accepted")
+
+
+def test_file_cut_off(tiny, tokenizer, tmp_path):
+    common.save(tmp_path / "x.pt", tiny(), tokenizer)
+    raw = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(UserError, match="x.pt is no checkpoint of onetrunk, or is damaged"):
+        common.load(GPT, tmp_path / "x.pt")
+
+
+# ---- command line ----
+
+@dataclass
+class Config:
+    steps: int = 3  # how many, at most 100%
+    lr: float = 1e-3  # the rate
+    data_dir: str = "here"  # a "folder"
+    fast: bool = False  # no waiting
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(main, *args) -> (SystemExit's code, stdout, stderr); code None when it came to its end."""
+    def call(main, *args):
+        monkeypatch.setattr(sys, "argv", ["/some/where/tool.py", *args])
+        code = None
+        try:
+            common.run(main, Config)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return call
+
+
+def test_flags_fill_the_config(command):
+    got = []
+    assert command(lambda cfg: got.append(cfg))[0] is None
+    command(lambda cfg: got.append(cfg), "--steps", "7", "--lr=2e-2", "--data-dir", "x y", "--fast")
+    assert got == [Config(), Config(7, 0.02, "x y", True)]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--stepz", "3"], "--stepz"), (["--steps", "many"], "--steps: invalid int value: 'many'"), (["--lr"], "expected one"),
+    (["--step", "3"], "--step"), (["extra"], "extra"), (["--fast", "no"], "no")])
+def test_unknown_flag_exits_2(command, args, says):
+    code, out, err = command(lambda cfg: pytest.fail("main ran"), *args)
+    assert code == 2 and says in err and "usage: tool.py" in err and "Traceback" not in err and not out
+
+
+def test_user_error_is_one_sentence(command):
+    def wrong(cfg):
+        raise UserError("x.jsonl is missing")
+
+    assert command(wrong)[0] == "tool.py: x.jsonl is missing"  # a string: Python prints it on stderr and exits with 1
+    code, *_ = command(lambda cfg: open("/nowhere/at/all"))
+    assert code == "tool.py: [Errno 2] No such file or directory: '/nowhere/at/all'"
+    with pytest.raises(ZeroDivisionError):  # a bug of ours stays visible
+        command(lambda cfg: 1 / 0)
+
+
+def test_help_shows_each_fields_comment_and_default(command):
+    code, out, err = command(lambda cfg: None, "-h")
+    out = " ".join(out.split())
+    assert code == 0 and not err and __doc__.split(":")[0] in out
+    for flag, note in (("--steps STEPS", "how many, at most 100% (default 3)"), ("--lr LR", "the rate (default 0.001)"),
+                       ("--data-dir DATA_DIR", "a \"folder\" (default 'here')"), ("--fast", "no waiting (default False)")):
+        assert f"{flag} {note}" in out
+
+
+@pytest.mark.parametrize("script", [train_sft, train_rm, ppo], ids=lambda script: script.__name__)
+def test_every_flag_of_every_script_has_a_note(script):
+    notes = re.findall(r"^    (\w+): \w+ = .*  # \S", inspect.getsource(script.Config), re.M)
+    assert notes == [field.name for field in dataclasses.fields(script.Config)]
+
+
+def test_log(tmp_path, capsys):
+    for run in range(2):
+        log = common.Log(tmp_path / "out" / "sft.jsonl", Config(), 10)
+        log(5, loss=0.123456, n=run)
+        log.report(val_loss=1.5)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "sft.jsonl").read_text().splitlines()]
+    assert lines[0]["config"] == {"steps": 3, "lr": 1e-3, "data_dir": "here", "fast": False}
+    assert lines[1] == {"step": 5, "loss": 0.123456, "n": 1} and lines[2] == {"report": {"val_loss": 1.5}}
+    assert '"n": 0' in (tmp_path / "out" / "sft.prev.jsonl").read_text()
+    assert "   5/10  loss 0.123  n 1  0:00 left" in capsys.readouterr().out

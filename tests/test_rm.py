@@ -1,0 +1,341 @@
+"""Reward model: the ranking loss, the texts it reads, its scale, and train_rm.py from end to end.
+
+R.. are the checks of the project's recipe, section 5.
+"""
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import train_rm
+from common import load, pad, save
+from data.records import UserError
+from data.tokenizer import get_tokenizer
+from model import GPT, GPTConfig, RewardModel
+from train_rm import Config, accuracy, calibration_error, encode, ranking_loss
+
+BYTES = get_tokenizer("bytes")
+
+
+def tiny_gpt(seed=0, std=0.3, **sizes):
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(**{"vocab_size": 17, "block_size": 32, "n_layer": 2, "n_head": 2, "d_model": 32, **sizes}))
+    for p in gpt.parameters():
+        if std and p.dim() > 1:
+            torch.nn.init.normal_(p, std=std)
+    return gpt.eval()
+
+
+def pairs_by_hand(scores, ranks):
+    """The definition, pair by pair in Python floats: (losses, right) of one prompt."""
+    losses, right = [], []
+    for i, j in itertools.permutations(range(len(ranks)), 2):
+        if ranks[i] < ranks[j]:
+            gap = float(scores[i]) - float(scores[j])
+            losses.append(math.log1p(math.exp(-gap)) if gap > -30 else -gap)
+            right.append(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0)
+    return losses, right
+
+
+def mean(x):
+    return sum(x) / len(x)
+
+
+# ---- ranking_loss ----
+
+@pytest.mark.parametrize("scores, expected", [
+    ((2, 1, 0, -1), .2070380727), ((1.5, .5, -1), .1978548999), ((0, 0, 0, 0), .6931471806), ((0, 0), .6931471806)])
+def test_R10_R11_fixtures(scores, expected):
+    loss, _ = ranking_loss(torch.tensor(scores, dtype=torch.float64), [list(range(len(scores)))])
+    assert loss.item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_R10_random_head_starts_above_ln2():
+    """Over both orders the mean loss is about ln 2 + Var(gap)/8, and never below ln 2."""
+    gap = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 0.5
+    scores = torch.stack([gap, torch.zeros_like(gap)], 1).flatten()
+    both = [ranking_loss(scores, [ranks] * len(gap))[0].item() for ranks in ([0, 1], [1, 0])]
+    assert mean(both) > math.log(2)
+    assert mean(both) == pytest.approx(math.log(2) + 0.25 / 8, abs=3e-3)
+
+
+def test_R11_R14_mixed_K_is_the_mean_over_prompts_of_the_mean_over_pairs():
+    """K = 4, 9, 2, 3 with ties in one batch; a K=9 prompt counts as much as a K=4 prompt, not 36:6."""
+    groups = [[0, 1, 2, 3], list(range(9)), [1, 0], [2, 0, 2]]
+    scores = torch.randn(18, generator=torch.Generator().manual_seed(0))
+    parts = [pairs_by_hand(s, ranks) for s, ranks in zip(scores.split([4, 9, 2, 3]), groups)]
+    loss, right = ranking_loss(scores, groups)
+    assert loss.item() == pytest.approx(mean([mean(losses) for losses, _ in parts]), abs=1e-6)
+    assert right.item() == pytest.approx(mean([mean(r) for _, r in parts]), abs=1e-6)
+    pairwise = sum(ranking_loss(scores[[i, j]], [[0, 1]])[0].item() for i, j in itertools.combinations(range(4), 2)) / 6
+    assert ranking_loss(scores[:4], groups[:1])[0].item() == pytest.approx(pairwise, abs=1e-6)
+
+
+def test_R12_gradient_at_equal_scores():
+    scores = torch.zeros(4, requires_grad=True)
+    ranking_loss(scores, [[0, 1, 2, 3]])[0].backward()
+    torch.testing.assert_close(scores.grad, torch.tensor([-.25, -1 / 12, 1 / 12, .25]))
+
+
+def test_R13_shift_and_swap():
+    scores = torch.randn(6, generator=torch.Generator().manual_seed(1))
+    loss, right = ranking_loss(scores, [[0, 1, 2], [2, 0, 1]])
+    shifted = scores + torch.tensor([5., 5, 5, -7, -7, -7])
+    torch.testing.assert_close(ranking_loss(shifted, [[0, 1, 2], [2, 0, 1]])[0], loss, atol=1e-5, rtol=0)
+    assert ranking_loss(scores, [[2, 1, 0], [0, 2, 1]])[1].item() == pytest.approx(1 - right.item())
+
+
+def test_R16_ties_make_no_pair_and_a_tied_prompt_has_no_weight():
+    scores = torch.tensor([1., 2, 3], requires_grad=True)
+    loss, right = ranking_loss(scores, [[5, 5, 5]])
+    loss.backward()
+    assert loss.item() == 0 and right.item() == 0 and torch.equal(scores.grad, torch.zeros(3))
+    both, one = ranking_loss(torch.tensor([1., 2, 3, 0, 1]), [[5, 5, 5], [0, 1]]), ranking_loss(torch.tensor([0., 1]), [[0, 1]])
+    assert both[0].item() == pytest.approx(one[0].item()) and both[1].item() == one[1].item()
+    tie = ranking_loss(torch.tensor([1., 9, -3]), [[0, 1, 1]])[0].item()
+    assert tie == pytest.approx(mean(pairs_by_hand([1, 9, -3], [0, 1, 1])[0]), abs=1e-6)
+
+
+@pytest.mark.parametrize("gap, expected", [(100., 0.), (-100., 100.), (-1e4, 1e4)])
+def test_R17_stable_at_large_gaps(gap, expected):
+    scores = torch.tensor([gap, 0.], requires_grad=True)
+    loss, _ = ranking_loss(scores, [[0, 1]])
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, abs=1e-6) and torch.isfinite(scores.grad).all()
+    assert scores.grad[0].item() == pytest.approx(0 if gap > 0 else -1, abs=1e-6)
+
+
+def test_R18_bias_gets_no_gradient():
+    rm = RewardModel.from_gpt(tiny_gpt())
+    tokens, lengths = torch.randint(17, (5, 9), generator=torch.Generator().manual_seed(0)), torch.tensor([9, 4, 6, 7, 2])
+    ranking_loss(rm.score(tokens, lengths), [[0, 1], [1, 0, 2]])[0].backward()
+    assert rm.reward_head.bias.grad.abs().item() < 1e-6 < rm.reward_head.weight.grad.abs().max().item()
+
+
+def test_R21_constant_scores_are_half_right():
+    assert ranking_loss(torch.ones(5), [[0, 1, 2], [1, 0]])[1].item() == pytest.approx(0.5)
+    assert accuracy(torch.tensor([1., -1, 0])).tolist() == [1, 0, .5]
+
+
+def test_a_wrong_number_of_scores_is_refused():
+    with pytest.raises(ValueError):
+        ranking_loss(torch.zeros(3), [[0, 1]])
+
+
+@pytest.mark.parametrize("pool", RewardModel.POOLS)
+def test_R3_poison_at_pads_reaches_neither_loss_nor_gradients(pool):
+    """Hidden states of pads are 1e9, their scores NaN: nothing changes. So a read at a wrong place explodes."""
+    rm = RewardModel.from_gpt(tiny_gpt(), pool).eval()
+    tokens, lengths = pad([[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5], [8, 9, 7, 9]])
+
+    def run(poison):
+        real = torch.arange(tokens.shape[1] + (pool == "token")) < (lengths + (pool == "token"))[:, None]
+        hidden = rm.trunk.ln_f.register_forward_hook(lambda m, i, out: torch.where(real[:, :, None], out, 1e9))
+        heads = rm.reward_head.register_forward_hook(
+            lambda m, i, out: torch.where(real[:, :, None], out, math.nan) if out.dim() == 3 else out)
+        if not poison:
+            hidden.remove(), heads.remove()
+        rm.zero_grad()
+        loss = ranking_loss(rm.score(tokens, lengths), [[0, 1], [1, 0]])[0]
+        loss.backward()
+        hidden.remove(), heads.remove()
+        return loss.item(), [p.grad.clone() for p in rm.parameters()]
+
+    (clean, grads), (poisoned, poisoned_grads) = run(False), run(True)
+    assert poisoned == pytest.approx(clean, abs=1e-6)
+    for a, b in zip(grads, poisoned_grads):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", RewardModel.POOLS)
+def test_R1_R4_R8_a_text_scores_the_same_alone_and_in_any_batch(pool):
+    rm = RewardModel.from_gpt(tiny_gpt(), pool).eval()
+    rows = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5], [8, 9, 7, 9]]
+    alone = torch.cat([rm.score(*pad([row])) for row in rows])
+    tokens, lengths = pad(rows)
+    torch.testing.assert_close(rm.score(tokens, lengths), alone, atol=1e-5, rtol=0)
+    beyond = torch.arange(12) >= lengths[:, None]
+    noise = torch.where(beyond, torch.randint(17, (4, 12), generator=torch.Generator().manual_seed(0)),
+                        torch.nn.functional.pad(tokens, (0, 5)))
+    torch.testing.assert_close(rm.score(noise, lengths), alone, atol=1e-5, rtol=0)
+    assert (alone - alone.mean()).abs().min() > 1e-3
+
+
+# ---- encode ----
+
+def test_encode_cuts_the_prompt_alike_for_all_responses_and_counts(capsys):
+    examples = [("0123456789", ["ab", "cdef"], [0, 1], None), ("xy", ["far too long a text", "ok"], [0, 1], None),
+                ("", ["p", "q", "r"], [1, 0, 0], [1, 2, 2])]
+    groups = encode(examples, BYTES, 10, "some.jsonl")
+    first, empty = groups
+    assert BYTES.decode(first.prompt) == "56789"  # room 10 = 5 of the prompt, 4 of the longest response, eos
+    assert first.rows == [list(b"56789ab") + [BYTES.eos], list(b"56789cdef") + [BYTES.eos]]
+    assert empty.prompt == [] and empty.rows == [list(b"p") + [BYTES.eos], list(b"q") + [BYTES.eos], list(b"r") + [BYTES.eos]]
+    assert empty.ranks == [1, 0, 0] and empty.gold == [1, 2, 2] and tuple(first.texts) == ("0123456789", ["ab", "cdef"])
+    assert "of 3 prompts 1 cut from the left, 1 with a response too long" in capsys.readouterr().out
+
+
+def test_encode_exact_fit_is_not_cut_and_nothing_left_is_an_error(capsys):
+    assert encode([("abc", ["d", "e"], [0, 1], None)], BYTES, 5, "x")[0].rows[0] == list(b"abcd") + [BYTES.eos]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="x: no example fits"):
+        encode([("abc", ["defghi", "e"], [0, 1], None)], BYTES, 6, "x")
+
+
+# ---- scale ----
+
+@pytest.mark.parametrize("pool", RewardModel.POOLS)
+def test_R19_R20_normalise_once_keeps_the_order_and_survives_saving(pool, tmp_path):
+    rm = RewardModel.from_gpt(tiny_gpt(vocab_size=257), pool).eval()
+    tokens, lengths = torch.randint(257, (40, 12), generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10 + 2
+    with torch.inference_mode():
+        raw = rm.score(tokens, lengths)
+        rm.normalise(raw)
+        scores = rm.score(tokens, lengths)
+    assert scores.mean().abs() < 1e-4 and scores.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(scores, (raw - raw.mean()) / raw.std(unbiased=False), atol=1e-5, rtol=0)
+    assert torch.equal(raw.argsort(), scores.argsort())
+    groups = [[0, 1]] * 20
+    assert ranking_loss(raw, groups)[1] == ranking_loss(scores, groups)[1]
+    with pytest.raises(ValueError, match="already"):
+        rm.normalise(scores)
+    save(tmp_path / "rm.pt", rm, BYTES)
+    again = load(RewardModel, tmp_path / "rm.pt")
+    with torch.inference_mode():
+        assert torch.equal(again.score(tokens, lengths), scores)
+    with pytest.raises(ValueError, match="already"):
+        again.normalise(scores)
+    if pool != "token":  # the critic speaks in the same units: its value of the whole text is the score
+        assert torch.equal(again(tokens)[torch.arange(40), lengths - 1].detach(), scores)
+
+
+def test_R20_equal_scores_are_refused():
+    with pytest.raises(ValueError, match="equal"):
+        RewardModel.from_gpt(tiny_gpt()).normalise(torch.ones(8))
+
+
+# ---- report ----
+
+def test_R26_calibration_error():
+    g = torch.Generator().manual_seed(0)
+    true = torch.randn(20000, generator=g) * 1.5
+    gap = torch.where(torch.rand(20000, generator=g) < true.sigmoid(), true, -true)  # score of the winner - loser
+    assert calibration_error(gap) < 0.015
+    assert calibration_error(3 * gap) > 0.1 and calibration_error(gap / 3) > 0.05
+
+
+def test_R24_report_prints_longer_wins_and_the_ceiling(capsys):
+    rm = RewardModel.from_gpt(tiny_gpt(vocab_size=257))
+    examples = [("p", ["longer", "short"], [0, 1], [3, 1]), ("p", ["s", "longest of these"], [0, 1], [1, 4]),
+                ("p", ["ab", "cd"], [0, 1], None), ("p", ["a", "abc", "ab"], [2, 0, 1], [1, 2, 1.5])]
+    groups = encode(examples, BYTES, 32, "x")
+
+    class World:
+        ceiling = staticmethod(lambda prompt, better, worse: 0.75)
+
+    result = train_rm.report(rm, groups, World, Config(batch_tokens=64, wide_gap=1.5), "cpu")
+    out = capsys.readouterr().out
+    assert result["longer_wins"] == pytest.approx((1 + 0 + .5 + 1 + 1 + 1) / 6) and "longer wins 75.0%" in out
+    assert result["pairs"] == 6 and result["ceiling"] == 0.75 and "ceiling 75.0%" in out
+    scores = rm.score(*pad([row for group in groups for row in group.rows])).tolist()
+    start, right = 0, []
+    for group in groups:
+        right += pairs_by_hand(scores[start:start + len(group.rows)], group.ranks)[1]
+        start += len(group.rows)
+    assert result["accuracy"] == pytest.approx(mean(right))
+    assert result["accuracy_wide"] == pytest.approx(mean(right[:2]))  # only these two differ by more than 1.5 in gold
+    assert -1 <= result["length_correlation"] <= 1
+
+
+# ---- train_rm.py ----
+
+def more_a_wins(n, rng, shuffled=False, K=2):
+    for _ in range(n):
+        texts = []
+        while len({text.count("a") for text in texts}) < K:
+            texts = ["".join(rng.choice("ab") for _ in range(8)) for _ in range(K)]
+        texts.sort(key=lambda text: rng.random() if shuffled else -text.count("a"))
+        yield {"prompt": "x", "responses": texts}
+
+
+def make_run(folder, train, val, **sizes):
+    """A folder that is both --data and --out."""
+    for name, rows in (("preferences", train), ("preferences_val", val)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = {"vocab_size": 257, "block_size": 16, "n_layer": 1, **sizes}
+    save(folder / "sft.pt", tiny_gpt(std=None, **sizes), BYTES)
+    return str(folder)
+
+
+def last_report(folder):
+    lines = [json.loads(line) for line in (folder / "rm.jsonl").read_text().splitlines()]
+    return lines[-1]["report"]
+
+
+def test_R22_learns_a_planted_preference(tmp_path):
+    rng = random.Random(0)
+    run = make_run(tmp_path, more_a_wins(600, rng), more_a_wins(200, rng))
+    train_rm.main(Config(data=run, out=run, batch_tokens=320, epochs=2, lr=3e-3, device="cpu"))
+    assert last_report(tmp_path)["accuracy"] >= 0.95
+    rm = load(RewardModel, tmp_path / "rm.pt")
+    with torch.inference_mode():
+        a, b = rm.score(*pad([list(b"xaaaaaaaa") + [256], list(b"xbbbbbbbb") + [256]])).tolist()
+    assert a > b + 1  # the sign, through the checkpoint, in standard deviations
+
+
+def test_R23_shuffled_labels_stay_at_chance(tmp_path):
+    rng = random.Random(1)
+    run = make_run(tmp_path, more_a_wins(300, rng, shuffled=True), more_a_wins(300, rng, shuffled=True))
+    train_rm.main(Config(data=run, out=run, batch_tokens=320, lr=3e-3, device="cpu"))
+    assert abs(last_report(tmp_path)["accuracy"] - 0.5) < 3 * math.sqrt(0.25 / 300)
+
+
+@pytest.mark.parametrize("pool", RewardModel.POOLS)
+def test_every_pool_is_trained_by_main_with_one_forward_per_response(pool, tmp_path):
+    """R15: K rows through the trunk for a prompt with K responses, not one for each pair."""
+    rng = random.Random(0)
+    run = make_run(tmp_path, more_a_wins(8, rng, K=4), more_a_wins(4, rng))
+    rows, before = [], load(GPT, tmp_path / "sft.pt").trunk.state_dict()
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: rows.append(len(args[0])) if module.training and type(module) is torch.nn.LayerNorm else None)
+    try:
+        train_rm.main(Config(data=run, out=run, pool=pool, batch_tokens=160, device="cpu"))
+    finally:
+        hook.remove()
+    assert sum(rows) == 3 * 8 * 4  # 3 norms: two in the block, one at the end
+    rm = load(RewardModel, tmp_path / "rm.pt")
+    assert rm.pool == pool and rm.scale != 1 and not rm.training
+    changed = [name for name, w in rm.trunk.state_dict().items() if not torch.equal(w, before[name])]
+    assert len(changed) == len(before)
+
+
+def test_the_score_of_best_responses_is_standard_when_sft_never_ends(tmp_path, capsys):
+    """R19 through main: with too few finished samples the best responses get mean 0 and sd 1."""
+    rng = random.Random(2)
+    examples = list(more_a_wins(80, rng))
+    run = make_run(tmp_path, examples, examples[:4])
+    train_rm.main(Config(data=run, out=run, epochs=0.3, device="cpu"))
+    rm = load(RewardModel, tmp_path / "rm.pt")
+    with torch.inference_mode():
+        scores = rm.score(*pad([list(f"x{row['responses'][0]}".encode()) + [256] for row in examples]))
+    assert "best responses" in capsys.readouterr().out
+    assert scores.mean().abs() < 1e-4 and scores.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_R19_samples_of_the_sft_model_are_standard(monkeypatch, tmp_path):
+    """normalise: the finished samples of the SFT model, and only those, get mean 0 and sd 1."""
+    gpt = tiny_gpt(std=None, vocab_size=257, block_size=16)
+    eos = gpt.trunk.wte.weight[256]
+    gpt.trunk.ln_f.bias.data += 4 * eos.detach() / (eos @ eos).detach()  # e^4 likelier: most texts end in time
+    rm = RewardModel.from_gpt(tiny_gpt(vocab_size=257, block_size=16)).eval()
+    seen, shipped = [], train_rm.score_rows
+    monkeypatch.setattr(train_rm, "score_rows", lambda rm, rows, *rest: seen.extend(rows) or shipped(rm, rows, *rest))
+    groups = encode([("x" * (1 + i % 5), ["a", "b"], [0, 1], None) for i in range(300)], BYTES, 16, "x")
+    train_rm.normalise(rm, gpt, groups, tmp_path, BYTES, Config(), "cpu")
+    assert 64 <= len(seen) < 300 and all(row[-1] == 256 and row[0] == ord("x") for row in seen)
+    assert len({len(row) for row in seen}) > 3
+    scores = shipped(rm, seen, 256, "cpu")
+    assert scores.mean().abs() < 1e-4 and scores.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)

@@ -1,0 +1,250 @@
+"""train_sft.py and the batches and steps of common.py. Ids (S1, ...): recipe.md, section 5."""
+import math
+import random
+
+import pytest
+import torch
+
+import model
+from common import UserError, batches, clip_and_step, pad, set_lr
+from data.tokenizer import get_tokenizer
+from model import GPT, GPTConfig
+from train_sft import Config, encode, evaluate, make_optimizer, sft_batch, sft_loss
+
+ROWS = [([3, 5, 1, 7, 9, 16], 2), ([4, 4, 16], 1), ([2, 6, 11, 12, 13, 8, 0, 1, 16], 6), ([16, 10, 16], 1)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return get_tokenizer("bytes")
+
+
+def by_hand(gpt, rows):
+    """-sum log p(token) over the completions in float64, a row at a time, and their number."""
+    loss = count = 0
+    for row, P in rows:
+        logits = gpt(torch.tensor([row]))[0].double()
+        for t in range(P, len(row)):
+            loss -= logits[t - 1].log_softmax(-1)[row[t]]
+            count += 1
+    return loss, count
+
+
+# ---- loss ----
+
+def test_S1_untrained_loss_is_ln_V(rng):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=17, block_size=32, n_layer=2, n_head=2, d_model=32))
+    tokens = torch.randint(17, (64, 16), generator=rng)
+    loss, count = sft_loss(gpt, tokens, torch.ones(64, 15, dtype=torch.bool))
+    assert count == 64 * 15 and loss.item() / count == pytest.approx(math.log(17), abs=0.3)
+
+
+def test_S2_gradient_only_where_a_completion_token_is_predicted(tiny, monkeypatch):
+    """Zero at every position that predicts prompt or pad, not zero from P-1 (the first) to the eos's."""
+    gpt, states = tiny(), []
+
+    def trunk(tokens, run=gpt.trunk.forward):
+        states.append(run(tokens).detach().requires_grad_())  # so that no gradient passes from later positions
+        return states[-1]
+
+    monkeypatch.setattr(gpt.trunk, "forward", trunk)
+    tokens, mask = sft_batch(ROWS, "cpu")
+    sft_loss(gpt, tokens, mask)[0].backward()
+    got = states[0].grad.abs().sum(-1) > 0
+    want = torch.zeros(4, 8, dtype=torch.bool)
+    for i, (row, P) in enumerate(ROWS):
+        want[i, P - 1 : len(row) - 1] = True
+    assert torch.equal(got, want) and torch.equal(mask, want)
+
+
+def test_S3_eos_is_always_supervised(tokenizer):
+    """Also when the prompt is eos itself, and when pads are 0 and so is a token."""
+    rows = encode([("", "a"), ("xyz", "\0\0"), ("q", "")], tokenizer, 32, "x")
+    tokens, mask = sft_batch(rows, "cpu")
+    for (row, P), m, t in zip(rows, mask, tokens):
+        assert t[1:][m].tolist() == row[P:] and row[-1] == tokenizer.eos
+    assert rows[0] == ([tokenizer.eos, 97, tokenizer.eos], 1)
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:3]])
+def test_S4_loss_equals_the_sum_by_hand(tiny, rows):
+    gpt = tiny()
+    loss, count = sft_loss(gpt, *sft_batch(rows, "cpu"))
+    want, n = by_hand(gpt, rows)
+    assert count == n == sum(len(row) - P for row, P in rows)
+    assert loss.item() == pytest.approx(want.item(), abs=1e-4)
+    assert evaluate(gpt, rows, 9, "cpu") == pytest.approx(want.item() / n, abs=1e-5)
+
+
+def test_evaluate_counts_tokens_not_batches_and_leaves_train_mode(tiny):
+    gpt = tiny(dropout=0.5)
+    want = by_hand(gpt, ROWS)[0].item() / by_hand(gpt, ROWS)[1]
+    gpt.train()
+    for budget in (1, 9, 18, 1000):  # one row at a time up to all at once
+        assert evaluate(gpt, ROWS, budget, "cpu") == pytest.approx(want, abs=1e-5)
+    assert gpt.training
+
+
+def test_S5_loss_ignores_right_padding_and_order(tiny):
+    gpt = tiny()
+    tokens, mask = sft_batch(ROWS, "cpu")
+    loss, count = sft_loss(gpt, tokens, mask)
+    longer = torch.cat([tokens, torch.full((4, 5), 16)], 1)
+    more = torch.cat([mask, torch.zeros(4, 5, dtype=torch.bool)], 1)
+    for other in (sft_loss(gpt, longer, more), sft_loss(gpt, *sft_batch(ROWS[::-1], "cpu"))):
+        assert other[1] == count and other[0].item() == pytest.approx(loss.item(), abs=1e-4)
+
+
+def gradient(gpt, parts, rows):
+    gpt.zero_grad()
+    count = sum(len(row) - P for row, P in rows)
+    for part in parts:
+        (sft_loss(gpt, *sft_batch(part, "cpu"))[0] / count).backward()
+    return torch.cat([p.grad.flatten() for p in gpt.parameters()])
+
+
+@pytest.mark.parametrize("pieces", [2**24, 17 * 3])
+def test_S6_micro_batches_sum_to_the_gradient_of_the_whole(tiny, monkeypatch, pieces):
+    """A sum and a count are returned, so ragged micro-batches over the step's count are exact."""
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", pieces)
+    gpt = tiny()
+    whole = gradient(gpt, [ROWS], ROWS)
+    for parts in ([[row] for row in ROWS], [ROWS[:1], ROWS[1:]]):
+        torch.testing.assert_close(gradient(gpt, parts, ROWS), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_S8_overfits_four_sequences_and_says_them_with_eos(tokenizer):
+    torch.manual_seed(0)
+    texts = [("the ", "fox"), ("a ", "lantern"), ("one ", "ox"), ("", "end")]
+    gpt = GPT(GPTConfig(tokenizer.vocab_size, 16, 2, 2, 32)).train()
+    rows = encode(texts, tokenizer, 16, "x")
+    optimizer = make_optimizer(gpt, Config(lr=1e-2))
+    batch = sft_batch(rows, "cpu")
+    for step in range(150):
+        loss, count = sft_loss(gpt, *batch)
+        (loss / count).backward()
+        clip_and_step(gpt, optimizer, 1.0, step)
+    assert loss.item() / count < 0.05
+    tokens, lengths = pad([row[:P] for row, P in rows])
+    tokens, lengths = gpt.eval().generate(tokens, lengths, 10, temperature=0, eos=tokenizer.eos)
+    assert [t[:n].tolist() for t, n in zip(tokens, lengths)] == [row for row, _ in rows]
+
+
+# ---- data ----
+
+def test_S10_supervised_tokens_decode_to_completion_and_eos(tokenizer):
+    texts = [("Tell: ", "a naïve 漢字 story"), ("", " x"), ("p" * 9, "<|endoftext|>")]
+    rows = encode(texts, tokenizer, 64, "x")
+    tokens, mask = sft_batch(rows, "cpu")
+    for (prompt, completion), (row, P), t, m in zip(texts, rows, tokens, mask):
+        target = t[1:][m].tolist()
+        assert tokenizer.decode(target[:-1]) == completion and target[-1] == tokenizer.eos
+        assert tokenizer.eos not in target[:-1]
+        assert tokenizer.decode(row[:P]) == prompt and len(row) == P + len(target)
+
+
+def test_long_prompts_lose_their_beginning_and_long_completions_are_dropped(tokenizer, capsys):
+    texts = [("abcdef", "xy"), ("ab", "x"), ("ab", "toolongforit"), ("abc", "1234567"), ("a", "12345678")]
+    rows = encode(texts, tokenizer, 8, "sft.jsonl")
+    assert [(tokenizer.decode(row[:P]), tokenizer.decode(row[P:])) for row, P in rows] == [
+        ("bcdef", "xy"), ("ab", "x")]
+    assert all(len(row) <= 8 and row[-1] == tokenizer.eos for row, _ in rows)
+    said = capsys.readouterr().out
+    assert "sft.jsonl: of 5 examples 1 prompts cut" in said and " 3 completions" in said and "block_size 8" in said
+    encode(texts[1:2], tokenizer, 8, "sft.jsonl")
+    assert capsys.readouterr().out == ""
+    assert encode(texts[3:4], tokenizer, 9, "x")[0][1] == 1  # room for one token of the prompt
+    with pytest.raises(UserError, match="sft.jsonl: no example fits into --block-size 8"):
+        encode(texts[2:3], tokenizer, 8, "sft.jsonl")
+
+
+def test_empty_prompt_becomes_eos(tokenizer):
+    assert encode([("", "ab")], tokenizer, 8, "x") == [([tokenizer.eos, 97, 98, tokenizer.eos], 1)]
+
+
+# ---- common.py: batches, rate, step ----
+
+def test_pad():
+    tokens, lengths = pad([[5, 6, 7], [8], [9, 1]])
+    assert tokens.tolist() == [[5, 6, 7], [8, 0, 0], [9, 1, 0]] and lengths.tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_batches_cover_each_once_within_the_budget_with_little_padding(seed):
+    random.seed(1)
+    lengths = [random.randint(1, 100) for _ in range(2000)]
+    generator = seed if seed is None else torch.Generator().manual_seed(seed)
+    made = batches(lengths, 1000, generator)
+    assert sorted(i for batch in made for i in batch) == list(range(2000))
+    size = [len(batch) * max(lengths[i] for i in batch) for batch in made]
+    assert max(size) <= 1000 and sum(size) < 1.1 * sum(lengths)
+    assert len(made) < 1.3 * sum(lengths) / 1000
+    longest = [max(lengths[i] for i in batch) for batch in made]
+    assert (longest == sorted(longest)) == (seed is None)
+
+
+def test_batches_order_comes_from_the_generator():
+    lengths = [5, 9, 2, 7, 7, 3] * 50
+    one, same, other = (batches(lengths, 40, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert one == same != other
+    generator = torch.Generator().manual_seed(1)
+    assert batches(lengths, 40, generator) == one != batches(lengths, 40, generator)  # epochs differ
+
+
+def test_batches_of_odd_lists():
+    assert batches([50, 3], 10) == [[1], [0]]  # longer than the budget: alone, never dropped
+    assert batches([4, 4], 8) == [[0, 1]]  # exactly full
+
+
+def test_S9_learning_rate_of_every_group(tiny):
+    optimizer = make_optimizer(tiny(), Config())
+    rates = []
+    for step in range(200):
+        rates.append(set_lr(optimizer, 4e-3, step, 200, warmup=20, floor=0.1))
+        assert [group["lr"] for group in optimizer.param_groups] == [rates[-1]] * 2
+    assert rates[0] == pytest.approx(4e-3 / 20, rel=1e-3)
+    assert rates[19] == max(rates) == pytest.approx(4e-3, rel=0.03)
+    assert rates[-1] == pytest.approx(4e-4, rel=0.01) and min(rates[19:]) == rates[-1]
+    assert rates[100] == pytest.approx(4e-3 * (0.1 + 0.9 / 2))
+    assert rates[:20] == sorted(rates[:20]) and rates[19:] == sorted(rates[19:], reverse=True)
+
+
+def test_optimizer_has_each_parameter_once_and_decays_matrices_only(tiny):
+    gpt = tiny()
+    optimizer = make_optimizer(gpt, Config(weight_decay=0.1))
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in gpt.parameters())
+    for group in optimizer.param_groups:
+        assert all((p.dim() >= 2) == (group["weight_decay"] == 0.1) for p in group["params"])
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
+
+
+def test_clip_and_step_clips_the_whole_norm_and_clears(tiny):
+    gpt = tiny()
+    before = torch.cat([p.detach().flatten().clone() for p in gpt.parameters()])
+    optimizer = torch.optim.SGD(gpt.parameters(), lr=1.0)
+    for p in gpt.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    n = len(before)
+    assert clip_and_step(gpt, optimizer, 1.0, 0) == pytest.approx(2 * math.sqrt(n), rel=1e-4)  # the norm before clipping
+    moved = before - torch.cat([p.detach().flatten() for p in gpt.parameters()])
+    assert moved.norm().item() == pytest.approx(1.0, rel=1e-3)
+    assert all(p.grad is None for p in gpt.parameters())
+
+
+
+@pytest.mark.parametrize("bad, name", [
+    (math.inf, "trunk.blocks.1.attn.qkv.bias"), (math.inf, "trunk.wte.weight"),
+    (math.nan, "trunk.blocks.1.attn.qkv.bias")])
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny, bad, name):
+    """The error names step and parameter; the weights stay as they were."""
+    gpt = tiny()
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1.0)
+    before = {n: p.detach().clone() for n, p in gpt.named_parameters()}
+    for n, p in gpt.named_parameters():
+        p.grad = torch.ones_like(p)
+    dict(gpt.named_parameters())[name].grad.view(-1)[3] = bad
+    with pytest.raises(UserError, match=f"step 7: .*not finite.*{name}"):
+        clip_and_step(gpt, optimizer, 1.0, 7)
+    assert all(torch.equal(before[n], p) for n, p in gpt.named_parameters())
