@@ -29,8 +29,8 @@ class Config:
     out: str = "out"  # folder with sft.pt, and for the results
     pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
     epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
-    batch_tokens: int = 2048  # tokens in an optimizer step, padding included
-    lr: float = 6e-4  # peak of the learning rate
+    batch_tokens: int = 3072  # tokens in an optimizer step, padding included
+    lr: float = 1e-3  # peak of the learning rate
     dropout: float = 0.0  # rate while the reward model is trained
     wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this
     seed: int = 1  # of the head, order and samples

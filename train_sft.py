@@ -29,7 +29,7 @@ class Config:
     d_model: int = 128  # width
     block_size: int = 128  # longest text in tokens, prompt and completion
     dropout: float = 0.0  # rate; 0 is right for one or two passes over the data
-    epochs: float = 2.0  # passes over the demonstrations
+    epochs: float = 3.0  # passes over the demonstrations
     batch_tokens: int = 2048  # tokens in an optimizer step, padding included
     lr: float = 4e-3  # peak of the learning rate
     weight_decay: float = 0.1  # on matrices only

@@ -18,8 +18,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "files" / "stories"
 BEST = 1.0  # gold of a perfect story
-SHARPNESS = 15.0  # logits of preference for each unit of gold: a gap of 0.2 is chosen 95% of the time
-SIZES = {"sft": 6000, "sft_val": 400, "preferences": 12000, "preferences_val": 1000,
+SHARPNESS = 8.0  # logits of preference for each unit of gold: a gap of 0.3 is chosen 92% of the time
+SIZES = {"sft": 6000, "sft_val": 400, "preferences": 15000, "preferences_val": 1000,
          "prompts": 4000, "prompts_val": 256}
 
 HEROES = "fox bear rabbit owl mouse cat dog duck horse frog squirrel hedgehog".split()
@@ -107,8 +107,8 @@ def gold_score(prompt, response):
 
     valid: share of its sentences that are sentences of this world, each in its place (an opening
     first, an ending last, middles between) and not told before; a missing ending counts as one that
-    is not. parts: share of the things asked for that occur in valid sentences. ending: 1 if it ends
-    well. length: 1 for 3 or 4 sentences, and 1/4 less for each one more or fewer. Gibberish gets 0.
+    is not. parts: share of the things asked for that occur. ending: 1 if it ends well. length: 1 for
+    3 or 4 sentences, and 1/2 less for each one more or fewer. Gibberish gets 0.
     """
     sentences = split_sentences(response)
     if not sentences:
@@ -119,11 +119,10 @@ def gold_score(prompt, response):
         pattern = OPENING if i == 0 else END if ended and i == len(sentences) - 1 else MIDDLE
         if pattern.fullmatch(sentence) and sentence not in valid:
             valid.append(sentence)
-    words = set(re.findall(r"\w+", " ".join(valid)))
-    asked = asked_for(prompt)
+    words, asked = set(re.findall(r"\w+", response)), asked_for(prompt)
     parts = sum(part in words for part in asked) / max(1, len(asked))
     ending = ended and HAPPY_END.fullmatch(sentences[-1]) is not None
-    length = max(0.0, 1 - 0.25 * max(3 - len(sentences), len(sentences) - 4, 0))
+    length = max(0.0, 1 - 0.5 * max(3 - len(sentences), len(sentences) - 4, 0))
     share = len(valid) / (len(sentences) + (not ended))
     return share**3 * (0.5 * parts + 0.25 * ending + 0.25 * length)
 
@@ -174,13 +173,13 @@ def tell(rng, asked, flaws):
             return [fill(rng, template, parts) for template in templates]
 
 
-CAREFUL = {"swap": 0.05, "drop": 0.05, "sad": 0.2, "ramble": 0.25}  # chance of each flaw, one writer in three
+CAREFUL = {"swap": 0.05, "drop": 0.05, "sad": 0.2, "ramble": 0.25}  # chance of each flaw, one writer in four
 CARELESS = {"swap": 0.6, "drop": 0.35, "sad": 0.9, "ramble": 0.8}  # who does not do as asked also ends badly
 
 
 def demonstration(rng, asked):
     """What somebody wrote when asked: often with something wrong."""
-    chances = CAREFUL if rng.random() < 0.35 else CARELESS
+    chances = CAREFUL if rng.random() < 0.25 else CARELESS
     flaws = {flaw for flaw, chance in chances.items() if rng.random() < chance}
     return " ".join(tell(rng, asked, flaws))
 
@@ -229,8 +228,8 @@ def twins(rng, asked):
 
 
 def responses(rng, asked, count):
-    """Different stories for one prompt, good and ordinary; in most cases one of them is broken, one a twin."""
-    made = [broken(rng, asked)] if rng.random() < 0.7 else []
+    """Different stories for one prompt, good and ordinary; in half of the cases one is broken, and some are twins."""
+    made = [broken(rng, asked)] if rng.random() < 0.5 else []
     while len(made) < count:
         draw = rng.random()
         if draw < 0.15 and made:
