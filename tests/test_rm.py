@@ -14,7 +14,7 @@ import train_rm
 from common import load, pad, save
 from data.records import UserError
 from data.tokenizer import get_tokenizer
-from model import GPT, GPTConfig, RewardModel
+from model import GPT, Block, GPTConfig, RewardModel
 from train_rm import Config, accuracy, calibration_error, encode, ranking_loss
 
 BYTES = get_tokenizer("bytes")
@@ -300,12 +300,12 @@ def test_every_pool_is_trained_by_main_with_one_forward_per_response(pool, tmp_p
     run = make_run(tmp_path, more_a_wins(8, rng, K=4), more_a_wins(4, rng))
     rows, before = [], load(GPT, tmp_path / "sft.pt").trunk.state_dict()
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, args: rows.append(len(args[0])) if module.training and type(module) is torch.nn.LayerNorm else None)
+        lambda module, args: rows.append(len(args[0])) if module.training and type(module) is Block else None)
     try:
         train_rm.main(Config(data=run, out=run, pool=pool, batch_tokens=160, device="cpu"))
     finally:
         hook.remove()
-    assert sum(rows) == 3 * 8 * 4  # 3 norms: two in the block, one at the end
+    assert sum(rows) == 8 * 4  # through the one block
     rm = load(RewardModel, tmp_path / "rm.pt")
     assert rm.pool == pool and rm.scale != 1 and not rm.training
     changed = [name for name, w in rm.trunk.state_dict().items() if not torch.equal(w, before[name])]
@@ -328,8 +328,8 @@ def test_the_score_of_best_responses_is_standard_when_sft_never_ends(tmp_path, c
 def test_R19_samples_of_the_sft_model_are_standard(monkeypatch, tmp_path):
     """normalise: the finished samples of the SFT model, and only those, get mean 0 and sd 1."""
     gpt = tiny_gpt(std=None, vocab_size=257, block_size=16)
-    eos = gpt.trunk.wte.weight[256]
-    gpt.trunk.ln_f.bias.data += 4 * eos.detach() / (eos @ eos).detach()  # e^4 likelier: most texts end in time
+    favour = 4.0 * torch.nn.functional.one_hot(torch.tensor(256), 257)
+    gpt.lm_head.register_forward_hook(lambda module, args, logits: logits + favour)  # most texts end in time
     rm = RewardModel.from_gpt(tiny_gpt(vocab_size=257, block_size=16)).eval()
     seen, shipped = [], train_rm.score_rows
     monkeypatch.setattr(train_rm, "score_rows", lambda rm, rows, *rest: seen.extend(rows) or shipped(rm, rows, *rest))
