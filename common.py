@@ -22,10 +22,12 @@ def run(main, Config):
     """Read the command line into Config, call main, print a user's mistake as one sentence, exit 1."""
     source = inspect.getsource(Config)
     notes = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, re.M))  # a field's comment is its help
-    parser = argparse.ArgumentParser(description=sys.modules[main.__module__].__doc__, allow_abbrev=False,
+    doc = sys.modules[main.__module__].__doc__
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
-        how = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": field.name.upper()}
+        how = ({"action": "store_true"} if field.type is bool
+               else {"type": field.type, "metavar": field.name.upper()})
         help = f"{notes.get(field.name, '')} (default {field.default!r})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help, **how)
     try:
@@ -37,7 +39,8 @@ def run(main, Config):
 def pick_device(name):
     """"auto" is a GPU where there is one, then Apple's MPS, then the CPU."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; no effect on a CPU
     return torch.device(name)
 
@@ -95,8 +98,8 @@ def clip_and_step(model, optimizer, clip, step):
     except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be told
         worst = max((p.grad.abs().nan_to_num(nan=math.inf).max().item(), name)
                     for name, p in model.named_parameters() if p.grad is not None)
-        raise UserError(f"step {step}: the gradient is not finite, largest in {worst[1]}; nothing was saved "
-                        "after the last checkpoint; try a smaller --lr") from None
+        raise UserError(f"step {step}: the gradient is not finite, largest in {worst[1]}; nothing was "
+                        "saved after the last checkpoint; try a smaller --lr") from None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
@@ -111,11 +114,12 @@ def keep_previous(path):
 
 
 def save(path, model, tokenizer):
-    """Write a checkpoint that `load` and `load_tokenizer` read; the file is there whole or not at all."""
+    """Write a checkpoint that `load` and `load_tokenizer` read; it is there whole or not at all."""
     path = Path(path)
     beside = path.with_name(path.name + ".part")
-    data = {"kind": type(model).__name__, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer.spec(),
-            "pool": model.pool if isinstance(model, RewardModel) else None, "weights": model.state_dict()}
+    data = {"kind": type(model).__name__, "config": dataclasses.asdict(model.config),
+            "tokenizer": tokenizer.spec(), "weights": model.state_dict(),
+            "pool": model.pool if isinstance(model, RewardModel) else None}
     with open(beside, "wb") as file:
         torch.save(data, file)
         file.flush()
@@ -158,24 +162,30 @@ def _read(path):
         return data
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"{path} can't be read: {error.strerror}")
-    except (pickle.UnpicklingError, RuntimeError, LookupError, ValueError, EOFError, AttributeError, OSError):
+    except (pickle.UnpicklingError, RuntimeError, LookupError, ValueError, EOFError, AttributeError,
+            OSError):
         raise UserError(f"{path} is no checkpoint of onetrunk, or is damaged")
 
 
 class Log:
-    """One line a step on the terminal, the same numbers as a line of JSON in `path`, the config first."""
+    """One line a step on the terminal, the same numbers as a line of JSON in `path`, config first."""
 
     def __init__(self, path, config, steps):
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_previous(path)
-        self.file, self.steps, self.start = open(path, "w"), steps, time.time()
+        self.file, self.steps, self.start, self.lines = open(path, "w"), steps, time.time(), 0
         self._write({"config": dataclasses.asdict(config)})
 
     def __call__(self, step, **numbers):
         self._write({"step": step, **numbers})
-        left = (time.time() - self.start) / step * (self.steps - step)
-        shown = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items())
-        print(f"{step:4d}/{self.steps}  {shown}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        if self.lines % 10 == 0:
+            names = "".join(name.rjust(max(9, len(name) + 2)) for name in numbers)
+            print(f"{'step':>9}{names}     left")
+        self.lines += 1
+        left = int((time.time() - self.start) / step * (self.steps - step))
+        cells = "".join(f"{f'{x:.3g}' if isinstance(x, float) else x}".rjust(max(9, len(name) + 2))
+                        for name, x in numbers.items())
+        print(f"{step:4d}/{self.steps:<4d}{cells}  {left // 60:4d}:{left % 60:02d}", flush=True)
 
     def report(self, **numbers):
         """A result that belongs to no step; the caller prints it."""

@@ -1,4 +1,4 @@
-"""Prompts -> out/ppo.pt: the SFT model is moved uphill on the reward model's scores (Schulman et al. 2017).
+"""Prompts -> out/ppo.pt: the SFT model moves uphill on the reward model's scores (Schulman et al. 2017).
 
 Four models: the policy, which learns; the reference, a frozen copy of it that keeps it near the text it
 knows; the reward model, frozen; the critic, a copy of the reward model that learns to foresee its score.
@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 
-from common import Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run, save
+from common import (Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run,
+                    save)
 from data.records import open_data, read_prompts, read_sft
 from model import GPT, RewardModel
 from train_sft import encode as encode_sft
@@ -78,7 +79,7 @@ def whiten(x, mask, shift_mean=True):
 
 
 def gae(reward, value, mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): -> (adv, ret), 0 outside the mask.
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) -> (adv, ret), 0 outside the mask.
 
     After the last token of a response comes nothing, so its next value is 0. ret = adv + value is the
     critic's target: take it before adv is whitened.
@@ -104,15 +105,16 @@ def policy_loss(logp, old_logp, adv, mask, clip):
 
 
 def value_loss(value, old_value, ret, mask, clip):
-    """One half of the larger of the squared errors of the value and of the value clipped to +-clip around
-    the old one (Ziegler et al. 2019)."""
+    """One half of the larger of the squared errors of the value and of the value clipped to +-clip
+    around the old one (Ziegler et al. 2019)."""
     value, old_value = torch.where(mask, value, 0.0), torch.where(mask, old_value, 0.0)
     held = old_value + (value - old_value).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((value - ret) ** 2, (held - ret) ** 2), mask)
 
 
 def approx_kl(logp, old_logp, mask):
-    """KL(old, new) a token in nats by k3 = (ratio - 1) - log ratio: unbiased, never negative (Schulman 2020)."""
+    """KL(old, new) a token in nats by k3 = (ratio - 1) - log ratio: unbiased, never negative
+    (Schulman 2020)."""
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     return masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
 
@@ -124,7 +126,7 @@ def explained_variance(value, ret, mask):
 
 
 def adapt_kl_coef(kl_coef, kl, target, n, horizon):
-    """Ziegler et al. 2019, section 2.2: the coefficient follows the KL, by at most 20% of n/horizon a time."""
+    """The coefficient follows the KL, by at most 20% of n/horizon a time (Ziegler et al. 2019, 2.2)."""
     return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
 
 
@@ -142,7 +144,7 @@ def token_logps(gpt, tokens, temperature, mask=None):
 
 
 def response_mask(lengths, P, T):
-    """(B,T-1): true where token t+1 belongs to the response, given whole lengths and prompt lengths (B,)."""
+    """(B,T-1): true where token t+1 is of the response, given whole lengths and prompt lengths (B,)."""
     written = torch.arange(1, T, device=lengths.device)
     return (written >= P[:, None]) & (written < lengths[:, None])
 
@@ -151,23 +153,26 @@ def response_mask(lengths, P, T):
 
 @torch.inference_mode()
 def rollout(policy, prompts, eos, cfg, generator):
-    """Prompts (token lists) -> the policy's responses: tokens (B,T), lengths, P (B,), mask (B,T-1), ended (B,)."""
+    """Prompts (token lists) -> the policy's responses: tokens (B,T), lengths, P (B,), mask (B,T-1),
+    ended (B,)."""
     tokens, P = pad(prompts, policy.lm_head.weight.device)
-    tokens, lengths = policy.generate(tokens, P, cfg.max_new_tokens, cfg.temperature, eos=eos, generator=generator)
+    tokens, lengths = policy.generate(tokens, P, cfg.max_new_tokens, cfg.temperature, eos=eos,
+                                      generator=generator)
     last = tokens[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-    return {"tokens": tokens, "lengths": lengths, "P": P, "mask": response_mask(lengths, P, tokens.shape[1]),
-            "ended": last == eos}
+    return {"tokens": tokens, "lengths": lengths, "P": P,
+            "mask": response_mask(lengths, P, tokens.shape[1]), "ended": last == eos}
 
 
 @torch.inference_mode()
 def judge(batch, policy, ref, critic, reward, cfg):
-    """Adds logp, ref_logp, value (B,T-1) and score (B,): under inference mode, so nothing of it is trained.
+    """Adds logp, ref_logp, value (B,T-1) and score (B,): under inference mode, so nothing is trained.
 
     A response without end-of-text gets cfg.no_eos_score, whatever the reward model makes of it.
     """
     B, T = batch["mask"].shape[0], batch["tokens"].shape[1]
-    new = {name: torch.zeros(B, T - 1, device=batch["tokens"].device) for name in ("logp", "ref_logp", "value")}
-    new["score"] = torch.zeros(B, device=batch["tokens"].device)
+    device = batch["tokens"].device
+    new = {name: torch.zeros(B, T - 1, device=device) for name in ("logp", "ref_logp", "value")}
+    new["score"] = torch.zeros(B, device=device)
     for index, b in micro_batches(batch, range(B), cfg.batch_tokens):
         t = b["mask"].shape[1]
         new["logp"][index, :t] = token_logps(policy, b["tokens"], cfg.temperature, b["mask"])
@@ -182,7 +187,8 @@ def judge(batch, policy, ref, critic, reward, cfg):
 
 @torch.inference_mode()
 def advantages(batch, kl_coef, lam):
-    """Adds reward, adv, ret (B,T-1): reward = -kl_coef (logp - ref_logp), and the score at the last token."""
+    """Adds reward, adv, ret (B,T-1): reward = -kl_coef (logp - ref_logp), and at the last token the
+    score."""
     reward = torch.where(batch["mask"], -kl_coef * (batch["logp"] - batch["ref_logp"]), 0.0)
     rows = torch.arange(len(reward), device=reward.device)
     reward[rows, batch["lengths"] - 2] += batch["score"]
@@ -213,7 +219,7 @@ def improve(policy, critic, optimizers, batch, cfg, update, generator, ptx=None)
 
 
 def minibatch_backward(policy, critic, batch, part, cfg):
-    """Gradients of one minibatch, rows `part`, left in .grad of policy and critic; returns its numbers."""
+    """Gradients of a minibatch, rows `part`, left in .grad of policy and critic; returns its numbers."""
     total = batch["mask"][part].sum()
     stats = {"ratio": 0.0, "clipped": 0.0, "update_kl": 0.0, "value_loss": 0.0}
     for _, b in micro_batches(batch, part, cfg.batch_tokens):
@@ -231,13 +237,15 @@ def minibatch_backward(policy, critic, batch, part, cfg):
 
 
 def micro_batches(batch, rows, budget):
-    """(rows, batch of those rows) in pieces of at most `budget` tokens, like lengths together, cut to the longest."""
+    """(rows, batch of those rows) in pieces of at most `budget` tokens, like lengths together, cut to
+    the longest."""
     rows, lengths = list(rows), batch["lengths"].tolist()
     for piece in batches([lengths[i] for i in rows], budget):
         index = [rows[i] for i in piece]
         T = max(lengths[i] for i in index)
         b = {name: x[index] for name, x in batch.items()}
-        yield index, {name: x[:, : T if name == "tokens" else T - 1] if x.dim() == 2 else x for name, x in b.items()}
+        yield index, {name: x[:, : T if name == "tokens" else T - 1] if x.dim() == 2 else x
+                      for name, x in b.items()}
 
 
 # ---- where scores come from ----
@@ -253,12 +261,12 @@ def text_reward(function, name, tokenizer):
         prompts, responses = split_texts(tokens, lengths, P, tokenizer)
         result = function(prompts, responses)
         try:
-            scores = torch.tensor([s + 0.0 for s in result], dtype=torch.float32)  # numpy's and torch's numbers too
+            scores = torch.tensor([s + 0.0 for s in result], dtype=torch.float32)  # numpy's numbers, too
         except (TypeError, ValueError, OverflowError, RuntimeError):
             scores = torch.empty(0)
         if scores.shape != (len(prompts),) or not torch.isfinite(scores).all():
-            raise UserError(f"--reward {name} must return {len(prompts)} finite numbers for {len(prompts)} responses, "
-                            f"it returned {str(result)[:80]}")
+            raise UserError(f"--reward {name} must return {len(prompts)} finite numbers for "
+                            f"{len(prompts)} responses, it returned {str(result)[:80]}")
         return scores.to(tokens.device)
     return reward
 
@@ -284,7 +292,7 @@ def import_function(name):
 
 
 def load_models(cfg, device):
-    """policy, reference, critic, reward function and tokenizer, from out/sft.pt and out/rm.pt or --reward."""
+    """policy, reference, critic, reward function, tokenizer from out/sft.pt, out/rm.pt or --reward."""
     out = Path(cfg.out)
     policy, tokenizer = load(GPT, out / "sft.pt").to(device), load_tokenizer(out / "sft.pt")
     ref = copy.deepcopy(policy).requires_grad_(False)
@@ -294,14 +302,15 @@ def load_models(cfg, device):
         torch.nn.init.zeros_(critic.reward_head.weight)  # nothing is known of these scores: start at 0
         return policy, ref, critic, reward, tokenizer
     rm = load(RewardModel, out / "rm.pt").to(device).requires_grad_(False)
-    if load_tokenizer(out / "rm.pt").spec() != tokenizer.spec() or rm.config.block_size < policy.config.block_size:
-        raise UserError(f"{out / 'rm.pt'} was trained with another tokenizer, or for shorter texts, than "
-                        f"{out / 'sft.pt'}: train it again")
+    shorter = rm.config.block_size < policy.config.block_size
+    if load_tokenizer(out / "rm.pt").spec() != tokenizer.spec() or shorter:
+        raise UserError(f"{out / 'rm.pt'} was trained with another tokenizer, or for shorter texts, "
+                        f"than {out / 'sft.pt'}: train it again")
     return policy, ref, copy.deepcopy(rm).requires_grad_(True), model_reward(rm), tokenizer
 
 
 def encode_prompts(prompts, tokenizer, room, name):
-    """Prompts as token lists; one longer than `room` loses its beginning. That is counted and printed."""
+    """Prompts as token lists; one longer than `room` loses its beginning: that is counted, printed."""
     if room < 1:
         raise UserError("--max-new-tokens leaves no room for a prompt in the model's block_size")
     rows = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
@@ -323,14 +332,16 @@ def cycle(n, size, generator):
 # ---- report ----
 
 def evaluate(policy, ref, critic, reward, prompts, tokenizer, world, cfg, device):
-    """One response to each held-out prompt, always with the same random numbers: means, and what was written."""
+    """One response to each held-out prompt, always with the same random numbers: lists with an entry a
+    prompt."""
     generator = torch.Generator(device).manual_seed(0)
     result = {"score": [], "kl": [], "gold": [], "eos": [], "length": [], "texts": []}
     for start in range(0, len(prompts), 128):
         batch = rollout(policy, prompts[start : start + 128], tokenizer.eos, cfg, generator)
         batch = judge(batch, policy, ref, critic, reward, cfg)
         result["score"] += batch["score"].tolist()
-        result["kl"] += torch.where(batch["mask"], batch["logp"] - batch["ref_logp"], 0.0).sum(1).tolist()
+        kl = torch.where(batch["mask"], batch["logp"] - batch["ref_logp"], 0.0).sum(1)
+        result["kl"] += kl.tolist()
         result["eos"] += batch["ended"].float().tolist()
         result["length"] += batch["mask"].sum(1).float().tolist()
         texts = split_texts(batch["tokens"], batch["lengths"], batch["P"], tokenizer)
@@ -354,15 +365,16 @@ def win_rate(after, before):
 
 
 def print_table(before, after, world, show=4):
-    """The same held-out prompts under the SFT model and under PPO, then the first few texts, unedited."""
-    print(f"\n{len(before['texts'])} held-out prompts   " + "".join(f"{name:>9}" for name in means(before)))
+    """The same held-out prompts under the SFT model and under PPO, then the first texts, unedited."""
+    names = "".join(f"{name:>9}" for name in means(before))
+    print(f"\n{len(before['texts'])} held-out prompts   {names}")
     for name, result in (("SFT", before), ("PPO", after)):
         print(f"{name:<21}   " + "".join(f"{x:9.3f}" for x in means(result).values()))
     print(f"PPO scores higher than SFT in {win_rate(after['score'], before['score']):.1%}", end="")
     if world:
         closed = (mean(after["gold"]) - mean(before["gold"])) / (world.BEST - mean(before["gold"]))
-        print(f", has more gold in {win_rate(after['gold'], before['gold']):.1%}; of the gold between the SFT model "
-              f"and the best possible it gained {closed:.1%}", end="")
+        print(f", has more gold in {win_rate(after['gold'], before['gold']):.1%}; of the gold between "
+              f"the SFT model and the best possible it gained {closed:.1%}", end="")
     print(" (ties half)")
     for i in range(min(show, len(before["texts"]))):
         print(f"\n{before['texts'][i][0]}")
@@ -381,7 +393,8 @@ def rollout_stats(batch, tokenizer, world):
         stats["gold"] = mean([world.gold_score(*text) for text in zip(*texts)])
     stats["kl"] = torch.where(mask, batch["logp"] - batch["ref_logp"], 0.0).sum(1).mean().item()
     stats["entropy"] = -masked_mean(batch["logp"], mask).item()  # an unbiased estimate, in nats a token
-    stats["eos"], stats["length"] = batch["ended"].float().mean().item(), mask.sum(1).float().mean().item()
+    stats["eos"] = batch["ended"].float().mean().item()
+    stats["length"] = mask.sum(1).float().mean().item()
     stats["explained"] = explained_variance(batch["value"], batch["ret"], mask)
     return stats
 
@@ -389,24 +402,28 @@ def rollout_stats(batch, tokenizer, world):
 def main(cfg):
     torch.manual_seed(cfg.seed)
     device = pick_device(cfg.device)
-    order, generator = torch.Generator().manual_seed(cfg.seed), torch.Generator(device).manual_seed(cfg.seed)
+    order = torch.Generator().manual_seed(cfg.seed)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
     out = Path(cfg.out)
     policy, ref, critic, reward, tokenizer = load_models(cfg, device)
     folder, world = open_data(cfg.data)
 
     room = policy.config.block_size - cfg.max_new_tokens - (critic.pool == "token")
-    prompts = encode_prompts(read_prompts(folder / "prompts.jsonl", cfg.skip_bad), tokenizer, room, "prompts.jsonl")
-    val = encode_prompts(read_prompts(folder / "prompts_val.jsonl", cfg.skip_bad), tokenizer, room, "prompts_val.jsonl")
+    prompts = read_prompts(folder / "prompts.jsonl", cfg.skip_bad)
+    prompts = encode_prompts(prompts, tokenizer, room, "prompts.jsonl")
+    val = read_prompts(folder / "prompts_val.jsonl", cfg.skip_bad)
+    val = encode_prompts(val, tokenizer, room, "prompts_val.jsonl")
     ptx = None
     if cfg.ptx_coef:
-        rows = encode_sft(read_sft(folder / "sft.jsonl", cfg.skip_bad), tokenizer, policy.config.block_size, "sft.jsonl")
+        rows = read_sft(folder / "sft.jsonl", cfg.skip_bad)
+        rows = encode_sft(rows, tokenizer, policy.config.block_size, "sft.jsonl")
         ptx_index = cycle(len(rows), cfg.batch, order)
         ptx = lambda: sft_batch([rows[i] for i in next(ptx_index)], device)
 
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0)
                   for model, lr in ((policy, cfg.lr), (critic, cfg.critic_lr))]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda u: min(1, (u + 1) / 5) * (1 - u / cfg.updates))
-                 for o in optimizers]
+    factor = lambda u: min(1, (u + 1) / 5) * (1 - u / cfg.updates)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
     log = Log(out / "ppo.jsonl", cfg, cfg.updates)
     held_out = (ref, critic, reward, val, tokenizer, world, cfg, device)
     before = evaluate(policy, *held_out)
@@ -424,7 +441,7 @@ def main(cfg):
             stats["kl_coef"] = kl_coef
         for schedule in schedules:
             schedule.step()
-        log(update, **stats, tokens_per_s=round(batch["mask"].sum().item() / (time.time() - start)))
+        log(update, **stats, tok_s=round(batch["mask"].sum().item() / (time.time() - start)))
         if update % 10 == 0 and update < cfg.updates:
             seen = means(evaluate(policy, *held_out))
             log.report(update=update, **seen)

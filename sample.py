@@ -1,7 +1,7 @@
 """Talk to a checkpoint: print continuations, and their scores when a reward model is given.
 
     python sample.py --ckpt out/ppo.pt --reward out/rm.pt "Tell a story about a fox and a lantern."
-    python sample.py --ckpt out/sft.pt --reward out/rm.pt --best-of 16 "Tell a story about a fox and a lantern."
+    python sample.py --ckpt out/sft.pt --reward out/rm.pt --best-of 16 "Tell a story about ..."
     python sample.py --ckpt out/ppo.pt            # no prompt: a small chat loop; an empty line ends it
 """
 import argparse
@@ -19,10 +19,11 @@ def respond(gpt, tokenizer, prompt, args, generator):
     row = tokenizer.encode(prompt) or [tokenizer.eos]
     room = gpt.config.block_size - len(row)
     if room < 1:
-        raise UserError(f"the prompt has {len(row)} tokens, and the model takes {gpt.config.block_size} with the response")
+        raise UserError(f"the prompt has {len(row)} tokens, and the model takes "
+                        f"{gpt.config.block_size} with the response")
     tokens, lengths = pad([row] * max(args.n, args.best_of), gpt.lm_head.weight.device)
-    tokens, lengths = gpt.generate(tokens, lengths, min(room, args.max_new_tokens), args.temperature, args.top_k,
-                                   args.top_p, tokenizer.eos, generator)
+    tokens, lengths = gpt.generate(tokens, lengths, min(room, args.max_new_tokens), args.temperature,
+                                   args.top_k, args.top_p, tokenizer.eos, generator)
     return tokens, lengths, len(row)
 
 
@@ -39,7 +40,8 @@ def answer(prompt, gpt, rm, tokenizer, args, generator):
     scores = score(rm, tokens, lengths) if rm else torch.zeros(len(tokens))
     order = scores.argsort(descending=True).tolist() if rm else range(len(tokens))
     if args.best_of:
-        print(f"[best of {args.best_of}; scores {scores.min():.2f} to {scores.max():.2f}, mean {scores.mean():.2f}]")
+        print(f"[best of {args.best_of}; scores {scores.min():.2f} to {scores.max():.2f}, "
+              f"mean {scores.mean():.2f}]")
         order = order[:1]
     for i in order:
         ended = "" if tokens[i, lengths[i] - 1] == tokenizer.eos else " [...]"
@@ -48,16 +50,21 @@ def answer(prompt, gpt, rm, tokenizer, args, generator):
 
 
 def read_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", help="text to continue; without it a chat loop")
     parser.add_argument("--ckpt", default="out/ppo.pt", help="language model (default %(default)s)")
     parser.add_argument("--reward", help="reward model that scores each response, e.g. out/rm.pt")
     parser.add_argument("--n", type=int, default=3, help="responses to print (default %(default)s)")
-    parser.add_argument("--best-of", type=int, default=0, help="sample so many, print the one with the best score")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default 1)")
+    parser.add_argument("--best-of", type=int, default=0,
+                        help="sample so many, print the one with the best score")
+    parser.add_argument("--temperature", type=float, default=1.0,
+                        help="0: always the likeliest token (default 1)")
     parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens only")
-    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens that make up this probability")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest response (default %(default)s)")
+    parser.add_argument("--top-p", type=float,
+                        help="sample from the likeliest tokens that make up this probability")
+    parser.add_argument("--max-new-tokens", type=int, default=200,
+                        help="longest response (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the samples (default %(default)s)")
     parser.add_argument("--device", default="auto", help='"cuda", "mps" or "cpu"')
     return parser.parse_args()
@@ -69,7 +76,8 @@ def check(args):
         raise UserError("--best-of needs a reward model: --reward out/rm.pt")
     if min(args.n, args.max_new_tokens) < 1 or min(args.best_of, args.temperature) < 0:
         raise UserError("--n and --max-new-tokens start at 1, --best-of and --temperature at 0")
-    if (args.top_k is not None and args.top_k < 1) or (args.top_p is not None and not 0 < args.top_p <= 1):
+    k, p = args.top_k, args.top_p
+    if (k is not None and k < 1) or (p is not None and not 0 < p <= 1):
         raise UserError("--top-k starts at 1, and --top-p lies above 0 and up to 1")
 
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run, save, set_lr
+from common import (Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run,
+                    save, set_lr)
 from data.records import open_data, read_preferences, read_prompts
 from model import GPT, RewardModel
 
@@ -29,8 +30,8 @@ class Config:
     out: str = "out"  # folder with sft.pt, and for the results
     pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
     epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
-    batch_tokens: int = 3072  # tokens in an optimizer step, padding included
-    lr: float = 1e-3  # peak of the learning rate
+    batch_tokens: int = 2048  # tokens in an optimizer step, padding included
+    lr: float = 5e-4  # peak of the learning rate
     dropout: float = 0.0  # rate while the reward model is trained
     wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this
     seed: int = 1  # of the head, order and samples
@@ -66,8 +67,8 @@ def encode(examples, tokenizer, room, name):
         prompt = prompt[-left:]
         groups.append(Ranking(prompt, [prompt + response for response in responses], ranks, texts, gold))
     if cut or dropped:
-        print(f"{name}: of {len(examples)} prompts {cut} cut from the left, {dropped} with a response too long "
-              f"for {room} tokens dropped")
+        print(f"{name}: of {len(examples)} prompts {cut} cut from the left, {dropped} with a response "
+              f"too long for {room} tokens dropped")
     if not groups:
         raise UserError(f"{name}: no example fits into the model's {room} tokens")
     return groups
@@ -86,7 +87,8 @@ def ranking_loss(scores, groups):
         raise ValueError(f"{len(scores)} scores for {sum(sizes)} ranks")
     K = max(sizes)
     s = torch.stack([F.pad(part, (0, K - len(part))) for part in scores.split(sizes)])  # (G,K)
-    rank = torch.tensor([list(ranks) + [math.nan] * (K - len(ranks)) for ranks in groups], device=s.device)
+    padded = [list(ranks) + [math.nan] * (K - len(ranks)) for ranks in groups]
+    rank = torch.tensor(padded, device=s.device)
     pair = rank[:, :, None] < rank[:, None, :]  # (G,K,K): i better than j; nan is never less
     gap = s[:, :, None] - s[:, None, :]
     count = pair.sum((1, 2))
@@ -110,9 +112,11 @@ def sample_texts(gpt, prompts, eos, room, generator, device):
     rows = []
     for start in range(0, len(prompts), 128):
         tokens, lengths = pad(prompts[start : start + 128], device)
-        tokens, lengths = gpt.generate(tokens, lengths, room - tokens.shape[1], eos=eos, generator=generator)
+        tokens, lengths = gpt.generate(tokens, lengths, room - tokens.shape[1], eos=eos,
+                                       generator=generator)
         texts = [row[:n].tolist() for row, n in zip(tokens, lengths)]
-        rows += [text for text, prompt in zip(texts, prompts[start:]) if text[-1] == eos and len(text) > len(prompt)]
+        rows += [text for text, prompt in zip(texts, prompts[start:])
+                 if text[-1] == eos and len(text) > len(prompt)]
     return rows
 
 
@@ -122,7 +126,8 @@ def normalise(rm, gpt, groups, folder, tokenizer, cfg, device):
     room = rm.config.block_size - (rm.pool == "token")
     prompts = [group.prompt for group in groups]
     if (folder / "prompts.jsonl").exists():
-        prompts = [tokenizer.encode(prompt) for prompt in read_prompts(folder / "prompts.jsonl", cfg.skip_bad)]
+        texts = read_prompts(folder / "prompts.jsonl", cfg.skip_bad)
+        prompts = [tokenizer.encode(text) for text in texts]
     prompts = [prompt for prompt in prompts if 0 < len(prompt) < room][:512]
     generator = torch.Generator(device).manual_seed(cfg.seed)
     rows = sample_texts(gpt, prompts, tokenizer.eos, room, generator, device)
@@ -135,7 +140,8 @@ def normalise(rm, gpt, groups, folder, tokenizer, cfg, device):
     except ValueError as error:  # the training is not lost for it
         print(f"not normalised: {error}")
         return
-    print(f"normalised on {len(rows)} {name}: raw mean {scores.mean():.3f}, sd {scores.std():.3f} -> 0, 1")
+    print(f"normalised on {len(rows)} {name}: raw mean {scores.mean():.3f}, "
+          f"sd {scores.std():.3f} -> 0, 1")
 
 
 # ---- report ----
@@ -168,27 +174,32 @@ def report(rm, groups, world, cfg, device):
     scores = score_rows(rm, rows, cfg.batch_tokens, device)
     gap, longer, gold, best = held_out_pairs(groups, scores, world)
     right = accuracy(gap)
-    result = {"accuracy": right.mean().item(), "pairs": len(gap), "longer_wins": accuracy(longer).mean().item(),
-              "ceiling": best.mean().item() if world else None, "calibration_error": calibration_error(gap)}
+    result = {"accuracy": right.mean().item(), "pairs": len(gap),
+              "longer_wins": accuracy(longer).mean().item(),
+              "ceiling": best.mean().item() if world else None,
+              "calibration_error": calibration_error(gap)}
     half = 1.96 * math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / len(gap))
     print(f"held-out pairs: accuracy {result['accuracy']:.1%} +- {half:.1%} on {len(gap)}"
-          + (f", ceiling {result['ceiling']:.1%}" if world else "") + f", longer wins {result['longer_wins']:.1%}")
+          + (f", ceiling {result['ceiling']:.1%}" if world else "")
+          + f", longer wins {result['longer_wins']:.1%}")
     if cfg.wide_gap:
         wide = gold.abs() > cfg.wide_gap
         result["accuracy_wide"] = right[wide].mean().item()
-        print(f"where the true scores differ by more than {cfg.wide_gap}: {result['accuracy_wide']:.1%} on {wide.sum()}")
+        print(f"where the true scores differ by more than {cfg.wide_gap}: "
+              f"{result['accuracy_wide']:.1%} on {wide.sum()}")
     print("accuracy by margin of the two scores: " + by_margin(gap.abs(), right))
     lengths = torch.tensor([float(len(row)) for row in rows])
     result["length_correlation"] = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item()
-    print(f"expected calibration error {result['calibration_error']:.3f}; correlation of score and length "
-          f"{result['length_correlation']:+.2f}")
+    print(f"expected calibration error {result['calibration_error']:.3f}; "
+          f"correlation of score and length {result['length_correlation']:+.2f}")
     return result
 
 
 def by_margin(margin, right):
-    """Accuracy in four equal parts of the pairs, from close to far apart, beside what the margin claims."""
+    """Accuracy in four equal parts of the pairs, close to far apart, beside what the margin claims."""
     parts = zip(margin.sort().values.chunk(4), right[margin.argsort()].chunk(4))
-    return "  ".join(f"<{m.max():.2f}: {r.mean():.0%} (claims {m.sigmoid().mean():.0%})" for m, r in parts)
+    return "  ".join(f"<{m.max():.2f}: {r.mean():.0%} (claims {m.sigmoid().mean():.0%})"
+                     for m, r in parts)
 
 
 def calibration_error(gap, bins=10):
@@ -219,7 +230,8 @@ def main(cfg):
     optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     steps = max(1, round(cfg.epochs * len(batches(sizes, cfg.batch_tokens))))
     log = Log(out / "rm.jsonl", cfg, steps)
-    print(f"reward model: {len(groups)} prompts with {sum(len(group.rows) for group in groups)} ranked responses, "
+    count = sum(len(group.rows) for group in groups)
+    print(f"reward model: {len(groups)} prompts with {count} ranked responses, "
           f"{sum(sizes)} tokens, read at {cfg.pool}, on {device}")
 
     rm.train()

@@ -1,4 +1,4 @@
-"""Demonstrations -> out/sft.pt: a GPT is trained from scratch to answer prompts as the demonstrations do.
+"""Demonstrations -> out/sft.pt: a GPT is trained from scratch to answer prompts as demonstrated.
 
 The loss is the cross-entropy of the completion's tokens and of the end-of-text token after them,
 never of the prompt (Ouyang et al. 2022, section 3.5, leave open whether theirs is). It is divided by
@@ -47,7 +47,8 @@ def encode(examples, tokenizer, block_size, name):
     """
     rows, cut, dropped = [], 0, 0
     for prompt, completion in examples:
-        prompt, completion = tokenizer.encode(prompt) or [tokenizer.eos], tokenizer.encode(completion) + [tokenizer.eos]
+        prompt = tokenizer.encode(prompt) or [tokenizer.eos]
+        completion = tokenizer.encode(completion) + [tokenizer.eos]
         room = block_size - len(completion)
         if room < 1:
             dropped += 1
@@ -56,15 +57,15 @@ def encode(examples, tokenizer, block_size, name):
         prompt = prompt[-room:]
         rows.append((prompt + completion, len(prompt)))
     if cut or dropped:
-        print(f"{name}: of {len(examples)} examples {cut} prompts cut from the left, {dropped} completions "
-              f"longer than block_size {block_size} dropped")
+        print(f"{name}: of {len(examples)} examples {cut} prompts cut from the left, {dropped} "
+              f"completions longer than block_size {block_size} dropped")
     if not rows:
         raise UserError(f"{name}: no example fits into --block-size {block_size}")
     return rows
 
 
 def sft_batch(rows, device):
-    """[(tokens, P)] -> tokens (B,T), mask (B,T-1): position t speaks of token t+1, true in completions."""
+    """[(tokens, P)] -> tokens (B,T), mask (B,T-1): position t is for token t+1, true in completions."""
     tokens, lengths = pad([row for row, _ in rows], device)
     P = torch.tensor([p for _, p in rows], device=device)
     t = torch.arange(1, tokens.shape[1], device=device)
@@ -104,10 +105,11 @@ def show_sample(gpt, tokenizer, prompt, block_size, device):
 
 
 def make_optimizer(gpt, cfg):
-    """AdamW with decay on matrices only (not on biases and norms), betas of GPT-3 (Brown et al. 2020, B)."""
+    """AdamW, decay on matrices only (not on biases and norms), betas of GPT-3 (Brown et al. 2020, B)."""
     matrices = [p for p in gpt.parameters() if p.dim() >= 2]
     others = [p for p in gpt.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
 
 
@@ -131,8 +133,9 @@ def main(cfg):
     optimizer = make_optimizer(gpt, cfg)
     steps = max(1, round(cfg.epochs * len(batches(lengths, cfg.batch_tokens))))
     log = Log(out / "sft.jsonl", cfg, steps)
-    print(f"SFT: {len(rows)} demonstrations, {sum(lengths)} tokens, {sum(p.numel() for p in gpt.parameters())} "
-          f"parameters, vocabulary {tokenizer.vocab_size}, on {device}")
+    size = sum(p.numel() for p in gpt.parameters())
+    print(f"SFT: {len(rows)} demonstrations, {sum(lengths)} tokens, {size} parameters, "
+          f"vocabulary {tokenizer.vocab_size}, on {device}")
 
     step = 0
     while step < steps:
@@ -150,8 +153,8 @@ def main(cfg):
     val_loss = evaluate(gpt, val_rows, cfg.batch_tokens, device)
     save(out / "sft.pt", gpt, tokenizer)
     log.report(val_loss=val_loss)
-    print(f"SFT done: held-out loss {val_loss:.4f} nats per completion token on {len(val_rows)} demonstrations; "
-          f"{out / 'sft.pt'}\n")
+    print(f"SFT done: held-out loss {val_loss:.4f} nats per completion token on {len(val_rows)} "
+          f"demonstrations; {out / 'sft.pt'}\n")
 
 
 if __name__ == "__main__":

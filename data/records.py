@@ -1,12 +1,14 @@
-"""Records: JSONL files that a person can read in, lists of examples out, and errors that a person can act on.
+"""Records: JSONL files that a person can read in, lists of examples out, and errors one can act on.
 
-    sft.jsonl           {"prompt": "...", "completion": "..."}  or  {"text": "..."}  or  {"messages": [...]}
+    sft.jsonl           {"prompt": "...", "completion": "..."}
+                        or  {"text": "..."}  or  {"messages": [...]}
     preferences.jsonl   {"prompt": "...", "chosen": "...", "rejected": "..."}
                         or  {"prompt": "...", "responses": [best, ..., worst], "ranks": [0, 1, 1, 2]}
     prompts.jsonl       {"prompt": "..."}
 
-and NAME_val.jsonl beside each. "ranks" is optional, smaller is better, equal ranks are a tie. "gold", also optional, holds the true
-score of each response where it is known; it is only reported on, never trained on.
+and NAME_val.jsonl beside each. "ranks" is optional, smaller is better, equal ranks are a tie. "gold",
+also optional, holds the true score of each response where it is known; it is only reported on, never
+trained on.
 These are the column names of TRL, so files made for it work.
 """
 import json
@@ -39,7 +41,8 @@ def read_sft(path, skip_bad=False):
 
 
 def read_preferences(path, skip_bad=False):
-    """[(prompt, responses, ranks, gold)]: two or more responses, ranks smaller = better, gold a list or None."""
+    """[(prompt, responses, ranks, gold)]: two or more responses, ranks smaller = better, gold a list
+    or None."""
     return _read(path, _preference, skip_bad)
 
 
@@ -135,7 +138,10 @@ def _demonstration(row):
             raise UserError('"messages" needs two turns or more, the last of them the completion')
         _chat(messages)  # the last turn is checked as well
         return _chat(messages[:-1]) + "\n\nAssistant:", " " + messages[-1]["content"]
-    prompt, completion = ("", _text(row, "text")) if "text" in row else (_prompt(row), _answer(row, "completion"))
+    if "text" in row:
+        prompt, completion = "", _text(row, "text")
+    else:
+        prompt, completion = _prompt(row), _answer(row, "completion")
     if not completion:
         raise UserError("the completion is empty")
     return prompt, completion
@@ -160,7 +166,8 @@ def _preference(row):
 
 def _numbers(row, column, n):
     numbers = row[column]
-    if not isinstance(numbers, list) or not all(type(x) in (int, float) and abs(x) < 1e38 for x in numbers):
+    fine = isinstance(numbers, list) and all(type(x) in (int, float) and abs(x) < 1e38 for x in numbers)
+    if not fine:
         raise UserError(f'"{column}" is no list of numbers')
     if len(numbers) != n:
         raise UserError(f'{n} responses and {len(numbers)} numbers in "{column}"')

@@ -18,8 +18,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "files" / "stories"
 BEST = 1.0  # gold of a perfect story
-SHARPNESS = 8.0  # logits of preference for each unit of gold: a gap of 0.3 is chosen 92% of the time
-SIZES = {"sft": 6000, "sft_val": 400, "preferences": 15000, "preferences_val": 1000,
+SHARPNESS = 10.0  # logits of preference for each unit of gold: a gap of 0.3 is chosen 95% of the time
+SIZES = {"sft": 6000, "sft_val": 400, "preferences": 24000, "preferences_val": 1000,
          "prompts": 4000, "prompts_val": 256}
 
 HEROES = "fox bear rabbit owl mouse cat dog duck horse frog squirrel hedgehog".split()
@@ -29,14 +29,15 @@ WORDS = {
     "place": "forest river village garden mountain bridge market island meadow lake barn mill".split(),
     "friend": ("wolf goose badger turtle sparrow crow deer mole otter goat hen pig hare lamb "
                "swan beaver parrot donkey").split(),
-    "kind": ("small old brave shy clever sleepy kind hungry merry lonely curious gentle proud quiet young tall "
-             "eager patient cheerful grumpy").split(),
-    "look": "red blue golden silver wooden dusty shiny heavy tiny broken green round painted rusty magic".split(),
+    "kind": ("small old brave shy clever sleepy kind hungry merry lonely curious gentle proud quiet "
+             "young tall eager patient cheerful grumpy").split(),
+    "look": ("red blue golden silver wooden dusty shiny heavy tiny broken green round painted rusty "
+             "magic").split(),
     "time": "morning evening night Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "where": ["an oak tree", "a stone", "the stairs", "a bush", "the snow", "the leaves", "an old cart", "the roof",
-              "a haystack", "the kitchen table", "a barrel", "the ivy"],
-    "food": ("bread soup honey apples berries pancakes cheese nuts tea plums cherries porridge cookies carrots "
-             "butter jam").split(),
+    "where": ["an oak tree", "a stone", "the stairs", "a bush", "the snow", "the leaves", "an old cart",
+              "the roof", "a haystack", "the kitchen table", "a barrel", "the ivy"],
+    "food": ("bread soup honey apples berries pancakes cheese nuts tea plums cherries porridge cookies "
+             "carrots butter jam").split(),
     "weather": "wind rain fog snow hail thunder frost sleet".split(),
 }
 OPENINGS = """Once there was a {kind} {hero} who lived near the {place}.
@@ -84,8 +85,9 @@ And the {thing} was lost for ever.
 The {friend} never spoke to the {hero} again.
 Then the {weather} came, and nothing was left.""".split("\n")
 ASKS = ["Tell a story about {}.", "Write a short story with {}.", "Please tell me a tale of {}.",
-        "I would like to hear about {}.", "Do you know a story about {}?", "My little sister wants a story with {}.",
-        "What happened to {}?", "Make up something about {} for me."]
+        "I would like to hear about {}.", "Do you know a story about {}?",
+        "My little sister wants a story with {}.", "What happened to {}?",
+        "Make up something about {} for me."]
 
 
 def _pattern(templates):
@@ -97,18 +99,19 @@ def _pattern(templates):
     return re.compile("|".join(sentences))
 
 
-OPENING, MIDDLE, HAPPY_END, END = _pattern(OPENINGS), _pattern(MIDDLES), _pattern(HAPPY), _pattern(HAPPY + SAD)
+OPENING, MIDDLE = _pattern(OPENINGS), _pattern(MIDDLES)
+HAPPY_END, END = _pattern(HAPPY), _pattern(HAPPY + SAD)
 
 
 # ---- the truth ----
 
 def gold_score(prompt, response):
-    """How good a story is, from 0 to 1 (best): gold = valid^3 x (0.5 parts + 0.25 ending + 0.25 length).
+    """How good a story is, from 0 to 1 (best): gold = valid^3 x (0.6 parts + 0.2 ending + 0.2 length).
 
     valid: share of its sentences that are sentences of this world, each in its place (an opening
     first, an ending last, middles between) and not told before; a missing ending counts as one that
-    is not. parts: share of the things asked for that occur. ending: 1 if it ends well. length: 1 for
-    3 or 4 sentences, and 1/2 less for each one more or fewer. Gibberish gets 0.
+    is not. parts: share of the things asked for that occur in valid sentences. ending: 1 if it ends
+    well. length: 1 for 3 or 4 sentences, and 1/2 less for each one more or fewer. Gibberish gets 0.
     """
     sentences = split_sentences(response)
     if not sentences:
@@ -119,12 +122,12 @@ def gold_score(prompt, response):
         pattern = OPENING if i == 0 else END if ended and i == len(sentences) - 1 else MIDDLE
         if pattern.fullmatch(sentence) and sentence not in valid:
             valid.append(sentence)
-    words, asked = set(re.findall(r"\w+", response)), asked_for(prompt)
+    words, asked = set(re.findall(r"\w+", " ".join(valid))), asked_for(prompt)
     parts = sum(part in words for part in asked) / max(1, len(asked))
     ending = ended and HAPPY_END.fullmatch(sentences[-1]) is not None
     length = max(0.0, 1 - 0.5 * max(3 - len(sentences), len(sentences) - 4, 0))
     share = len(valid) / (len(sentences) + (not ended))
-    return share**3 * (0.5 * parts + 0.25 * ending + 0.25 * length)
+    return share**3 * (0.6 * parts + 0.2 * ending + 0.2 * length)
 
 
 def asked_for(prompt):
@@ -134,7 +137,8 @@ def asked_for(prompt):
 
 def split_sentences(text):
     """A story's sentences; what follows the last full stop counts as one, and can't be valid."""
-    return [s.strip() for s in re.findall(r'"[^"]*"[^.!?"]*[.!?]|[^.!?"]+[.!?]|\S[^.!?]*', text) if s.strip()]
+    found = re.findall(r'"[^"]*"[^.!?"]*[.!?]|[^.!?"]+[.!?]|\S[^.!?]*', text)
+    return [s.strip() for s in found if s.strip()]
 
 
 def ceiling(prompt, better, worse):
@@ -160,21 +164,23 @@ def fill(rng, template, parts):
 
 
 def tell(rng, asked, flaws):
-    """A story as sentences. flaws, any of: "swap" (hero or thing is another than was asked for), "drop" (the
-    thing does not occur), "sad" (ends badly), "ramble" (too long), "stub" (nothing between beginning and end)."""
+    """A story as sentences. flaws, any of: "swap" (hero or thing is another than was asked for), "drop"
+    (the thing does not occur), "sad" (ends badly), "ramble" (too long), "stub" (nothing between
+    beginning and end)."""
     parts = dict(asked, place=rng.choice(WORDS["place"]), friend=rng.choice(WORDS["friend"]))
     if "swap" in flaws:
         part = rng.choice(list(asked))
         parts[part] = rng.choice([word for word in WORDS[part] if word != asked[part]])
     count = 0 if "stub" in flaws else rng.randint(3, 5) if "ramble" in flaws else rng.randint(1, 2)
     while True:  # draw until the thing occurs, or does not, as it should
-        templates = [rng.choice(OPENINGS), *rng.sample(MIDDLES, count), rng.choice(SAD if "sad" in flaws else HAPPY)]
+        templates = [rng.choice(OPENINGS), *rng.sample(MIDDLES, count),
+                     rng.choice(SAD if "sad" in flaws else HAPPY)]
         if "stub" in flaws or ("{thing}" in " ".join(templates)) == ("drop" not in flaws):
             return [fill(rng, template, parts) for template in templates]
 
 
-CAREFUL = {"swap": 0.05, "drop": 0.05, "sad": 0.2, "ramble": 0.25}  # chance of each flaw, one writer in four
-CARELESS = {"swap": 0.6, "drop": 0.35, "sad": 0.9, "ramble": 0.8}  # who does not do as asked also ends badly
+CAREFUL = {"swap": 0.05, "drop": 0.05, "sad": 0.2, "ramble": 0.25}  # chance of flaws, one writer in four
+CARELESS = {"swap": 0.6, "drop": 0.35, "sad": 0.9, "ramble": 0.8}  # who swaps or drops also ends badly
 
 
 def demonstration(rng, asked):
@@ -212,7 +218,7 @@ def broken(rng, asked):
 
 
 def twin(rng, asked, story):
-    """The same story about something that was not asked for: only reading the prompt tells them apart."""
+    """The same story about something not asked for: only reading the prompt tells them apart."""
     part = rng.choice(list(asked))
     other = rng.choice([word for word in WORDS[part] if word != asked[part]])
     story = re.sub(rf"\b{asked[part]}\b", other, story)
@@ -228,7 +234,8 @@ def twins(rng, asked):
 
 
 def responses(rng, asked, count):
-    """Different stories for one prompt, good and ordinary; in half of the cases one is broken, and some are twins."""
+    """Different stories for one prompt, good and ordinary; in half of the cases one is broken, and some
+    are twins."""
     made = [broken(rng, asked)] if rng.random() < 0.5 else []
     while len(made) < count:
         draw = rng.random()
@@ -275,7 +282,7 @@ def _line(rng, name, prompt, asked):
     if name.startswith("sft"):
         return {"prompt": prompt, "completion": " " + demonstration(rng, asked)}
     if name.startswith("preferences"):
-        # two in three are twins: from rankings of all kinds alone it was not learned that the prompt matters
+        # two in three are twins: rankings of all kinds alone did not teach that the prompt matters
         stories = twins(rng, asked) if rng.random() < 0.65 else responses(rng, asked, 4)
         return {"prompt": prompt, "responses": rank(rng, prompt, stories)}
     return {"prompt": prompt}

@@ -1,4 +1,4 @@
-"""Gold and proxy against the square root of KL, from the logs of finished runs (Gao et al. 2022, figure 1).
+"""Gold and proxy against the square root of KL, from logs of finished runs (Gao et al. 2022, figure 1).
 
     pip install -r requirements-plot.txt
     python runs/plot.py runs/overoptimisation.png out/seeds/?/ppo.jsonl out/seeds/?-no-kl/ppo.jsonl
@@ -14,8 +14,8 @@ def curve(path):
     """(sqrt KL, gold, score) of the held-out reports in one log, and whether it paid for KL."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     reports = sorted((line["report"] for line in lines if "report" in line), key=lambda r: r["update"])
-    return ([max(0.0, r["kl"]) ** 0.5 for r in reports], [r["gold"] for r in reports], [r["score"] for r in reports],
-            lines[0]["config"]["kl_coef"])
+    return ([max(0.0, r["kl"]) ** 0.5 for r in reports], [r["gold"] for r in reports],
+            [r["score"] for r in reports], lines[0]["config"]["kl_coef"])
 
 
 def main(target, paths):

@@ -4,8 +4,8 @@ import statistics
 import sys
 from pathlib import Path
 
-COLUMNS = ("RM accuracy", "ceiling", "longer wins", "gold SFT", "gold PPO", "of the gap", "gold win rate", "EOS",
-           "of its peak", "score", "KL")
+COLUMNS = ("RM accuracy", "ceiling", "longer wins", "gold SFT", "gold PPO", "of the gap",
+           "gold win rate", "EOS", "of its peak", "score", "KL")
 
 
 def row(folder):
@@ -14,7 +14,8 @@ def row(folder):
     rm = json.loads((source / "rm.jsonl").read_text().splitlines()[-1])["report"]
     lines = [json.loads(line) for line in (folder / "ppo.jsonl").read_text().splitlines()]
     reports = [line["report"] for line in lines if "report" in line]
-    before, after = (next(r for r in reports if r["update"] == u) for u in (0, max(r["update"] for r in reports)))
+    last = max(r["update"] for r in reports)
+    before, after = (next(r for r in reports if r["update"] == u) for u in (0, last))
     closed = (after["gold"] - before["gold"]) / (1 - before["gold"])
     peak = max(r["gold"] for r in reports)
     return (rm["accuracy"], rm["ceiling"], rm["longer_wins"], before["gold"], after["gold"], closed,

@@ -51,7 +51,7 @@ def lines(path):
 
 
 def steps(path):
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines(path) if "step" in line]
+    return [{k: v for k, v in line.items() if k != "tok_s"} for line in lines(path) if "step" in line]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_log_of_ppo(made):
     assert [line["step"] for line in updates] == [1, 2, 3]
     for line in updates:
         assert {"score", "kl", "entropy", "eos", "length", "explained", "ratio", "clipped", "update_kl", "value_loss",
-                "grad_norm", "tokens_per_s"} <= set(line)
+                "grad_norm", "tok_s"} <= set(line)
         assert all(math.isfinite(x) for x in line.values())
         assert 0 <= line["eos"] <= 1 and 1 <= line["length"] <= 8 and 0 < line["entropy"] < math.log(257) and line["update_kl"] >= 0
     assert updates[0]["kl"] == 0  # the policy is still the reference

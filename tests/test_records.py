@@ -386,4 +386,6 @@ def test_log(tmp_path, capsys):
     assert lines[0]["config"] == {"steps": 3, "lr": 1e-3, "data_dir": "here", "fast": False}
     assert lines[1] == {"step": 5, "loss": 0.123456, "n": 1} and lines[2] == {"report": {"val_loss": 1.5}}
     assert '"n": 0' in (tmp_path / "out" / "sft.prev.jsonl").read_text()
-    assert "   5/10  loss 0.123  n 1  0:00 left" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2].split() == ["step", "loss", "n", "left"]
+    assert printed[-1].split() == ["5/10", "0.123", "1", "0:00"]
