@@ -39,7 +39,7 @@ class Config:
     data: str = "stories"  # folder with prompts.jsonl, or "stories"
     out: str = "out"  # folder with sft.pt and rm.pt, and for the results
     reward: str = ""  # FILE.py:FUNCTION instead of out/rm.pt; this runs the code in that file
-    updates: int = 50  # rollouts with an update each
+    updates: int = 60  # rollouts with an update each
     batch: int = 64  # prompts in a rollout
     max_new_tokens: int = 100  # longest response
     temperature: float = 1.0  # of sampling and of every log-prob
