@@ -2,7 +2,7 @@
 
 Four models: the policy, which learns; the reference, a frozen copy of it that keeps it near the text it
 knows; the reward model, frozen; the critic, a copy of the reward model that learns to foresee its score.
-One update is: rollout -> judge -> advantages -> improve. Where the sources differ, this is what is done
+One update is: rollout -> assess -> advantages -> improve. Where the sources differ, this is what is done
 (Ziegler et al. 2019, Stiennon et al. 2020, Huang et al. 2024, "The N+ implementation details"):
  1. sampling at temperature 1 with no top-k or top-p, so that the sampler is the policy that is scored;
  2. log-probs are computed again by the function that the update uses, so the first ratio is exactly 1;
@@ -39,6 +39,7 @@ class Config:
     data: str = "stories"  # folder with prompts.jsonl, or "stories"
     out: str = "out"  # folder with sft.pt and rm.pt, and for the results
     reward: str = ""  # FILE.py:FUNCTION instead of out/rm.pt; this runs the code in that file
+    judge: str = ""  # checkpoint of another reward model, which is only reported on, never climbed
     updates: int = 60  # rollouts with an update each
     batch: int = 64  # prompts in a rollout
     max_new_tokens: int = 100  # longest response
@@ -164,7 +165,7 @@ def rollout(policy, prompts, eos, cfg, generator):
 
 
 @torch.inference_mode()
-def judge(batch, policy, ref, critic, reward, cfg):
+def assess(batch, policy, ref, critic, reward, cfg):
     """Adds logp, ref_logp, value (B,T-1) and score (B,): under inference mode, so nothing is trained.
 
     A response without end-of-text gets cfg.no_eos_score, whatever the reward model makes of it.
@@ -301,12 +302,18 @@ def load_models(cfg, device):
         critic = RewardModel.from_gpt(policy)
         torch.nn.init.zeros_(critic.reward_head.weight)  # nothing is known of these scores: start at 0
         return policy, ref, critic, reward, tokenizer
-    rm = load(RewardModel, out / "rm.pt").to(device).requires_grad_(False)
-    shorter = rm.config.block_size < policy.config.block_size
-    if load_tokenizer(out / "rm.pt").spec() != tokenizer.spec() or shorter:
-        raise UserError(f"{out / 'rm.pt'} was trained with another tokenizer, or for shorter texts, "
-                        f"than {out / 'sft.pt'}: train it again")
+    rm = load_reward_model(out / "rm.pt", policy, tokenizer, device)
     return policy, ref, copy.deepcopy(rm).requires_grad_(True), model_reward(rm), tokenizer
+
+
+def load_reward_model(path, policy, tokenizer, device):
+    """A frozen reward model that can read what the policy writes."""
+    rm = load(RewardModel, path).to(device).requires_grad_(False)
+    shorter = rm.config.block_size < policy.config.block_size
+    if load_tokenizer(path).spec() != tokenizer.spec() or shorter:
+        raise UserError(f"{path} was trained with another tokenizer, or for shorter texts, than the "
+                        "policy: train it again")
+    return rm
 
 
 def encode_prompts(prompts, tokenizer, room, name):
@@ -331,14 +338,14 @@ def cycle(n, size, generator):
 
 # ---- report ----
 
-def evaluate(policy, ref, critic, reward, prompts, tokenizer, world, cfg, device):
+def evaluate(policy, ref, critic, reward, judge, prompts, tokenizer, world, cfg, device):
     """One response to each held-out prompt, always with the same random numbers: lists with an entry a
-    prompt."""
+    prompt; gold and judge only where there is such a thing."""
     generator = torch.Generator(device).manual_seed(0)
-    result = {"score": [], "kl": [], "gold": [], "eos": [], "length": [], "texts": []}
+    result = {"score": [], "judge": [], "kl": [], "gold": [], "eos": [], "length": [], "texts": []}
     for start in range(0, len(prompts), 128):
         batch = rollout(policy, prompts[start : start + 128], tokenizer.eos, cfg, generator)
-        batch = judge(batch, policy, ref, critic, reward, cfg)
+        batch = assess(batch, policy, ref, critic, reward, cfg)
         result["score"] += batch["score"].tolist()
         kl = torch.where(batch["mask"], batch["logp"] - batch["ref_logp"], 0.0).sum(1)
         result["kl"] += kl.tolist()
@@ -347,6 +354,8 @@ def evaluate(policy, ref, critic, reward, prompts, tokenizer, world, cfg, device
         texts = split_texts(batch["tokens"], batch["lengths"], batch["P"], tokenizer)
         result["texts"] += list(zip(*texts))
         result["gold"] += [world.gold_score(*text) for text in zip(*texts)] if world else []
+        with torch.inference_mode():
+            result["judge"] += judge.score(batch["tokens"], batch["lengths"]).tolist() if judge else []
     return result
 
 
@@ -355,8 +364,17 @@ def mean(x):
 
 
 def means(result):
-    """The mean of every list of numbers in a result of `evaluate`."""
-    return {name: mean(x) for name, x in result.items() if name != "texts" and x}
+    """The mean of every list of numbers in a result of `evaluate`, and how varied its texts are."""
+    numbers = {name: mean(x) for name, x in result.items() if name != "texts" and x}
+    return numbers | {"distinct_2": distinct_2([response for _, response in result["texts"]])}
+
+
+def distinct_2(texts):
+    """Different pairs of neighbouring words over all pairs, of all texts together (Li et al. 2016): it
+    falls when a policy says the same thing to everybody."""
+    words = [text.split() for text in texts]
+    pairs = [pair for text in words for pair in zip(text, text[1:])]
+    return len(set(pairs)) / max(1, len(pairs))
 
 
 def win_rate(after, before):
@@ -366,15 +384,17 @@ def win_rate(after, before):
 
 def print_table(before, after, world, show=4):
     """The same held-out prompts under the SFT model and under PPO, then the first texts, unedited."""
-    names = "".join(f"{name:>9}" for name in means(before))
+    names = "".join(f"{name:>11}" for name in means(before))
     print(f"\n{len(before['texts'])} held-out prompts   {names}")
     for name, result in (("SFT", before), ("PPO", after)):
-        print(f"{name:<21}   " + "".join(f"{x:9.3f}" for x in means(result).values()))
+        print(f"{name:<21}   " + "".join(f"{x:11.3f}" for x in means(result).values()))
     print(f"PPO scores higher than SFT in {win_rate(after['score'], before['score']):.1%}", end="")
     if world:
         closed = (mean(after["gold"]) - mean(before["gold"])) / (world.BEST - mean(before["gold"]))
         print(f", has more gold in {win_rate(after['gold'], before['gold']):.1%}; of the gold between "
               f"the SFT model and the best possible it gained {closed:.1%}", end="")
+    if before["judge"]:
+        print(f", with the judge in {win_rate(after['judge'], before['judge']):.1%}", end="")
     print(" (ties half)")
     for i in range(min(show, len(before["texts"]))):
         print(f"\n{before['texts'][i][0]}")
@@ -406,6 +426,7 @@ def main(cfg):
     generator = torch.Generator(device).manual_seed(cfg.seed)
     out = Path(cfg.out)
     policy, ref, critic, reward, tokenizer = load_models(cfg, device)
+    judge = load_reward_model(Path(cfg.judge), policy, tokenizer, device) if cfg.judge else None
     folder, world = open_data(cfg.data)
 
     room = policy.config.block_size - cfg.max_new_tokens - (critic.pool == "token")
@@ -425,7 +446,7 @@ def main(cfg):
     factor = lambda u: min(1, (u + 1) / 5) * (1 - u / cfg.updates)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
     log = Log(out / "ppo.jsonl", cfg, cfg.updates)
-    held_out = (ref, critic, reward, val, tokenizer, world, cfg, device)
+    held_out = (ref, critic, reward, judge, val, tokenizer, world, cfg, device)
     before = evaluate(policy, *held_out)
     print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out: {describe(means(before))}")
 
@@ -433,7 +454,7 @@ def main(cfg):
     for update in range(1, cfg.updates + 1):
         start = time.time()
         batch = rollout(policy, [prompts[i] for i in next(index)], tokenizer.eos, cfg, generator)
-        batch = advantages(judge(batch, policy, ref, critic, reward, cfg), kl_coef, cfg.lam)
+        batch = advantages(assess(batch, policy, ref, critic, reward, cfg), kl_coef, cfg.lam)
         stats = rollout_stats(batch, tokenizer, world)
         stats |= improve(policy, critic, optimizers, batch, cfg, update, order, ptx)
         if cfg.kl_target:

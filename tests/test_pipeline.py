@@ -168,6 +168,23 @@ def test_variants_run(run, made, settings):
         assert updates != steps(made / "out/ppo.jsonl")
 
 
+def test_a_judge_is_reported_on_and_changes_nothing(made, run):
+    """The judge here is the reward model itself, so its score is the proxy wherever a text ends by itself."""
+    alone, judged = run("alone"), run("judged", judge=str(made / "out/rm.pt"))
+    assert steps(judged / "ppo.jsonl") == steps(alone / "ppo.jsonl")
+    reports = [line["report"] for line in lines(judged / "ppo.jsonl") if "report" in line]
+    assert all("judge" in report for report in reports)
+    assert "judge" not in lines(alone / "ppo.jsonl")[-1]["report"]
+    longer = run("longer", judge=str(made / "out/rm.pt"), no_eos_score=0.0, max_new_tokens=24)
+    report = lines(longer / "ppo.jsonl")[-1]["report"]
+    assert report["eos"] < 1 and report["score"] != report["judge"]  # the judge reads every text
+
+
+def test_distinct_2():
+    assert ppo.distinct_2([" a b a b", " a b"]) == 2 / 4  # ab ba ab | ab
+    assert ppo.distinct_2([" a"]) == 0
+
+
 @pytest.mark.parametrize("pool", RewardModel.POOLS)
 def test_ppo_takes_a_reward_model_of_every_pool(made, tmp_path, pool):
     shutil.copy(made / "out/sft.pt", tmp_path)

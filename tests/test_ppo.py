@@ -18,7 +18,7 @@ from common import pad
 from data.records import UserError
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, RewardModel
-from ppo import (Config, adapt_kl_coef, advantages, approx_kl, explained_variance, gae, improve, judge, masked_mean,
+from ppo import (Config, adapt_kl_coef, advantages, approx_kl, explained_variance, gae, improve, assess, masked_mean,
                  micro_batches, minibatch_backward, policy_loss, response_mask, rollout, token_logps, value_loss, whiten)
 from train_sft import sft_batch, sft_loss
 
@@ -47,7 +47,7 @@ def make_batch(B=12, seed=0, new=8, kl_coef=0.1, reward=None, std=0.3, **setting
     critic = copy.deepcopy(rm).requires_grad_(True)
     prompts = [torch.randint(16, (1 + i % 4,), generator=gen(i)).tolist() for i in range(B)]
     batch = rollout(policy, prompts, EOS, cfg, gen(seed))
-    batch = judge(batch, policy, ref, critic, reward or ppo.model_reward(rm), cfg)
+    batch = assess(batch, policy, ref, critic, reward or ppo.model_reward(rm), cfg)
     return policy, ref, critic, rm, cfg, plain(advantages(batch, kl_coef, cfg.lam))
 
 
@@ -298,7 +298,7 @@ def test_T3_T5_rollout_masks(eos):
     assert 0 < batch["ended"].sum() < 64 and (zeros > 0 or eos == 0)
 
 
-def test_T4_T6_judge():
+def test_T4_T6_assess():
     """Only rows without eos get no_eos_score, only that; the reward model sees the text up to the eos; the
     tokens stay as they were; nothing needs a gradient (P18)."""
     seen = []
@@ -313,7 +313,7 @@ def test_T4_T6_judge():
             assert not any(row[n:])
         return (tokens * torch.arange(1, tokens.shape[1] + 1)).sum(1).float()
 
-    judged = plain(judge(batch, policy, ref, critic, reward, cfg))
+    judged = plain(assess(batch, policy, ref, critic, reward, cfg))
     assert hashlib.sha256(judged["tokens"].numpy().tobytes()).hexdigest() == digest
     assert sorted(seen) == sorted((row[:n], p) for row, n, p in zip(
         *(batch[name].tolist() for name in ("tokens", "lengths", "P"))))
@@ -325,7 +325,7 @@ def test_T4_T6_judge():
     for name, model in (("logp", policy), ("ref_logp", ref)):
         close(judged[name][mask], token_logps(model, batch["tokens"], 1.0)[mask], 1e-5)
     close(judged["value"][mask], critic(batch["tokens"])[:, :-1][mask], 1e-5)
-    assert not any(x.requires_grad for x in judge(batch, policy, ref, critic, reward, cfg).values())
+    assert not any(x.requires_grad for x in assess(batch, policy, ref, critic, reward, cfg).values())
 
 
 def test_a_score_that_is_not_finite_is_an_error():
@@ -354,14 +354,14 @@ def test_K1_K4_K9_K11_reward_of_a_copy_is_the_score_at_the_last_token_only():
     """At T=0.7 too: KL to an exact copy is 0, whatever kl_coef is."""
     policy, *_, cfg, batch = make_batch(temperature=0.7)
     rm = RewardModel.from_gpt(tiny_gpt(200)).eval()
-    batch = judge({k: batch[k] for k in ("tokens", "lengths", "P", "mask", "ended")}, policy, copy.deepcopy(policy), rm,
+    batch = assess({k: batch[k] for k in ("tokens", "lengths", "P", "mask", "ended")}, policy, copy.deepcopy(policy), rm,
                   ppo.model_reward(rm), cfg)
     expected = torch.zeros_like(batch["logp"])
     expected[torch.arange(12), batch["lengths"] - 2] = batch["score"]
     assert torch.equal(batch["logp"], batch["ref_logp"]) and batch["mask"][torch.arange(12), batch["lengths"] - 2].all()
     for kl_coef in (0.0, 100.0):
         assert torch.equal(advantages(batch, kl_coef, .95)["reward"], expected)
-    other = judge(batch, policy, tiny_gpt(9), rm, ppo.model_reward(rm), cfg)
+    other = assess(batch, policy, tiny_gpt(9), rm, ppo.model_reward(rm), cfg)
     assert torch.equal(advantages(other, 0.0, .95)["reward"], expected)
     assert not torch.equal(advantages(other, 0.1, .95)["reward"], expected)
 
@@ -424,7 +424,7 @@ def test_K5_sum_of_k1_is_the_sequence_kl_with_the_eos_counted():
     P = torch.ones_like(lengths)
     batch = {"tokens": tokens, "lengths": lengths, "P": P, "mask": response_mask(lengths, P, 4),
              "ended": torch.ones(15, dtype=torch.bool)}
-    batch = judge(batch, policy, ref, Constant(), lambda *_: torch.zeros(15), Config())
+    batch = assess(batch, policy, ref, Constant(), lambda *_: torch.zeros(15), Config())
     probability = batch["logp"].sum(1).exp()
     assert probability.sum().item() == pytest.approx(1, abs=1e-6)
     kl = -(probability * advantages(batch, 1.0, .95)["reward"].sum(1)).sum().item()
@@ -463,7 +463,7 @@ def test_P9_first_pass_in_other_micro_batches_is_one_to_rounding():
 def test_P10_first_gradient_is_the_policy_gradient():
     policy, _, critic, _, cfg, batch = make_batch()
     stats = minibatch_backward(policy, critic, batch, list(range(12)), cfg)
-    squares = (batch["value"] - batch["ret"])[batch["mask"]] ** 2  # P20: the critic reads where judge read
+    squares = (batch["value"] - batch["ret"])[batch["mask"]] ** 2  # P20: the critic reads where assess read
     assert stats["value_loss"] == pytest.approx(0.5 * squares.mean().item(), rel=1e-4)
     shipped = grads(policy)
     policy.zero_grad()
@@ -656,7 +656,7 @@ def test_B1_bandit_reaches_the_optimum(kl_coef, optimum, best):
         batch = {"tokens": torch.cat([torch.zeros_like(token), token], 1), "lengths": torch.full((B,), 2),
                  "P": torch.ones(B, dtype=torch.long), "mask": torch.ones(B, 1, dtype=torch.bool),
                  "ended": torch.ones(B, dtype=torch.bool)}
-        batch = judge(batch, policy, ref, critic, lambda tokens, lengths, P: r[tokens[:, 1]], cfg)
+        batch = assess(batch, policy, ref, critic, lambda tokens, lengths, P: r[tokens[:, 1]], cfg)
         improve(policy, critic, optimizers, advantages(batch, kl_coef, .95), cfg, update, g)
     p = policy.logits[0].softmax(-1).detach()
     close(p, torch.tensor(optimum), 0.02)
@@ -673,7 +673,7 @@ def play(reward, updates, cfg, vocab=8, eos=0, B=64, lr=3e-3, kl_coef=0.0):
     for update in range(updates):
         batch = rollout(policy, [[1 + i % 3] for i in range(B)], eos, cfg, g)
         first = batch if update == 0 else first
-        batch = judge(batch, policy, ref, critic, reward, cfg)
+        batch = assess(batch, policy, ref, critic, reward, cfg)
         improve(policy, critic, optimizers, advantages(batch, kl_coef, cfg.lam), cfg, update, g)
     return first, batch
 
