@@ -3,17 +3,21 @@
     sft.jsonl           {"prompt": "...", "completion": "..."}
                         or  {"text": "..."}  or  {"messages": [...]}
     preferences.jsonl   {"prompt": "...", "chosen": "...", "rejected": "..."}
+                        or  {"chosen": "...", "rejected": "..."}: the prompt is what both begin with
                         or  {"prompt": "...", "responses": [best, ..., worst], "ranks": [0, 1, 1, 2]}
     prompts.jsonl       {"prompt": "..."}
 
 and NAME_val.jsonl beside each. "ranks" is optional, smaller is better, equal ranks are a tie. "gold",
 also optional, holds the true score of each response where it is known; it is only reported on, never
-trained on.
+trained on. A list of messages, {"role": "user", "content": "..."}, may stand for a "prompt",
+"completion", "chosen" or "rejected"; an answer is one turn of the assistant's.
 These are the column names of TRL, so files made for it work.
 """
 import json
-import math
 from pathlib import Path
+
+
+QUESTION, ANSWER = "\n\nHuman:", "\n\nAssistant:"  # what a turn begins with in Anthropic's HH texts
 
 
 class UserError(ValueError):
@@ -64,7 +68,7 @@ def _read(path, parse, skip_bad):
         if not line.strip():
             continue
         try:
-            examples.append(parse(_json(line)))
+            examples.append(parse(json_object(line)))
         except UserError as error:
             if not skip_bad:
                 raise UserError(f"{path}:{number}: {error} (--skip-bad leaves such lines out)") from None
@@ -76,7 +80,8 @@ def _read(path, parse, skip_bad):
     return examples
 
 
-def _json(line):
+def json_object(line):
+    """A line's bytes -> dict. Raises UserError: not UTF-8, not JSON, not an object."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -90,7 +95,8 @@ def _json(line):
     return row
 
 
-def _text(row, column):
+def text_of(row, column):
+    """A column's text; a list of messages becomes text. Raises UserError: missing, not a text."""
     if column not in row:
         raise UserError(f'column "{column}" is missing')
     if isinstance(row[column], list):
@@ -105,17 +111,17 @@ def _text(row, column):
 
 
 def _prompt(row):
-    return _text(row, "prompt") + "\n\nAssistant:" * isinstance(row["prompt"], list)
+    return text_of(row, "prompt") + ANSWER * (isinstance(row["prompt"], list) and row["prompt"] != [])
 
 
 def _answer(row, column):
     """A response; as a list it is one turn, and what follows "Assistant:" in the text."""
-    text = _text(row, column)
+    text = text_of(row, column)
     if not isinstance(row[column], list):
         return text
     if len(row[column]) != 1:
-        raise UserError(f'"{column}" needs one turn')
-    return " " + row[column][0]["content"]
+        raise UserError(f'"{column}" needs one turn after the prompt')
+    return _last(row[column])
 
 
 def _chat(messages):
@@ -127,8 +133,15 @@ def _chat(messages):
             raise UserError(f'a message needs a "role" ({", ".join(names)}) and a "content"')
         if isinstance(message.get("content"), list):
             raise UserError('"content" is no string')
-        turns.append(f"{names[message['role']]}: {_text(message, 'content')}")
+        turns.append(f"{names[message['role']]}: {text_of(message, 'content')}")
     return "\n\n".join(turns)
+
+
+def _last(messages):
+    """The last turn, as what follows "Assistant:" in the text."""
+    if messages[-1]["role"] != "assistant":
+        raise UserError("the last message is not the assistant's")
+    return " " + messages[-1]["content"]
 
 
 def _demonstration(row):
@@ -137,9 +150,9 @@ def _demonstration(row):
         if not isinstance(messages, list) or len(messages) < 2:
             raise UserError('"messages" needs two turns or more, the last of them the completion')
         _chat(messages)  # the last turn is checked as well
-        return _chat(messages[:-1]) + "\n\nAssistant:", " " + messages[-1]["content"]
+        return _chat(messages[:-1]) + ANSWER, _last(messages)
     if "text" in row:
-        prompt, completion = "", _text(row, "text")
+        prompt, completion = "", text_of(row, "text")
     else:
         prompt, completion = _prompt(row), _answer(row, "completion")
     if not completion:
@@ -147,7 +160,50 @@ def _demonstration(row):
     return prompt, completion
 
 
+def split(chosen, rejected):
+    """(prompt, chosen, rejected) of two texts, or two lists of messages, that begin with one prompt.
+
+    Messages: the prompt is the turns that both share. Texts with "\\n\\nAssistant:" (Anthropic's HH): it
+    ends with the last of these, which both must share. Other texts: it ends before a space or newline,
+    so that no word is cut; that belongs to the answers, as GPT-2's BPE wants " word". It may be empty.
+    Raises UserError: the same, an answer is empty or more than one turn, no shared prompt.
+    """
+    if type(chosen) is not type(rejected):
+        raise UserError('one of "chosen" and "rejected" is a text, the other a list')
+    if chosen == rejected:
+        raise UserError("two of the responses are the same")
+    shorter = min(len(chosen), len(rejected))
+    n = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    if isinstance(chosen, str):
+        turns = ANSWER in chosen or ANSWER in rejected
+        n = (_end_of_turns if turns else _end_of_words)(chosen, rejected, n)
+        if not chosen[n:].strip() or not rejected[n:].strip():
+            raise UserError("one of the answers is empty")
+    return chosen[:n], chosen[n:], rejected[n:]
+
+
+def _end_of_turns(chosen, rejected, n):
+    """Where the last answers begin in two HH texts, of which n characters are the same."""
+    for text in (chosen, rejected):
+        if text.rfind(QUESTION) > text.rfind(ANSWER):
+            raise UserError("the last turn is not the assistant's")
+    end = chosen.rfind(ANSWER, 0, n) + len(ANSWER)
+    if not chosen.rfind(ANSWER) == rejected.rfind(ANSWER) == end - len(ANSWER):
+        raise UserError("chosen and rejected do not share their prompt")
+    return end
+
+
+def _end_of_words(chosen, rejected, n):
+    """Where the prompt ends in two texts of which n characters are the same."""
+    if not (chosen[n : n + 1].isspace() and rejected[n : n + 1].isspace()):
+        n = max((i for i in range(n) if chosen[i].isspace()), default=0)
+    return len(chosen[:n].rstrip())
+
+
 def _preference(row):
+    if "prompt" not in row and "chosen" in row:
+        text_of(row, "chosen"), text_of(row, "rejected")  # what is wrong with them is said first
+        row = row | dict(zip(("prompt", "chosen", "rejected"), split(row["chosen"], row["rejected"])))
     prompt = _prompt(row)
     if "responses" not in row:
         responses = [_answer(row, "chosen"), _answer(row, "rejected")]

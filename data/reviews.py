@@ -16,21 +16,20 @@ a _val twin; no sentence is on both sides. Mistakes of the user are one sentence
 import argparse
 import gzip
 import hashlib
-import http.client
 import io
 import json
 import random
 import re
 import sys
 import tarfile
-import tempfile
-import urllib.request
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data.convert import finish, write
+from data.download import download
 from data.records import UserError
 
 SEED = 1
@@ -44,8 +43,6 @@ TRUTH, RATINGS = "movieReviewSnippets_GroundTruth.txt", "movieReviewSnippets_ano
 ARCHIVE = "hutto_ICWSM_2014.tar.gz"
 URL = f"https://github.com/cjhutto/vaderSentiment/raw/master/additional_resources/{ARCHIVE}"
 TARGET = Path(__file__).resolve().parent / "files" / "reviews"
-FILES = [name + side for name in ("sft", "preferences", "prompts")
-         for side in (".jsonl", "_val.jsonl")]
 
 
 class Sentence(NamedTuple):
@@ -214,47 +211,6 @@ def half_panel_accuracy(pairs, cuts=10):
 
 # ---- files ----
 
-def download(path):
-    """URL -> path, which exists only when whole. UserError: no network, no room."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(URL, timeout=30) as reply, open(part, "wb") as file:
-            while block := reply.read(1 << 16):
-                file.write(block)
-                print(f"\r{ARCHIVE}: {file.tell() >> 10} kB", end="", file=sys.stderr)
-            print(file=sys.stderr)
-            if file.tell() < int(reply.headers.get("Content-Length") or 0):
-                raise OSError("the connection ended too early")
-        part.replace(path)
-    except (OSError, http.client.HTTPException) as error:
-        part.unlink(missing_ok=True)
-        why = getattr(error, "reason", error)
-        raise UserError(f"cannot download {URL} ({why}); fetch it by hand, use --from") from error
-
-
-def is_complete(target):
-    """Is the data set there already? UserError: something else is."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return False
-    if not all((target / name).is_file() for name in FILES):
-        raise UserError(f"{target} exists and is not this data set; move it or give another --to")
-    return True
-
-
-def write(target, files):
-    """Write name -> objects in a folder beside target that takes its place when whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
-        folder = Path(beside) / target.name
-        folder.mkdir()
-        for name, objects in files.items():
-            lines = [json.dumps(o, ensure_ascii=False) + "\n" for o in objects]
-            (folder / name).write_text("".join(lines), encoding="utf-8", newline="\n")
-            print(f"{target / name}: {len(lines)} lines")
-        folder.replace(target)
-
-
 def build(source, target):
     """Archive or folder -> the six files; prints what was written and the human ceilings."""
     sides, files = {".jsonl": [], "_val.jsonl": []}, {}
@@ -286,20 +242,10 @@ def main(argv=None):
     parser.add_argument("--from", dest="source", type=Path, help="archive or folder; else download")
     parser.add_argument("--to", type=Path, default=TARGET, help="default: %(default)s")
     args = parser.parse_args(argv)
-    try:
-        if is_complete(args.to):
-            print(f"{args.to} is complete already: nothing to do")
-            return 0
-        source = args.source or args.to.parent / ARCHIVE
-        if not args.source and not source.exists():
-            download(source)
-        build(source, args.to)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: cannot write {args.to} ({error.strerror or error})", file=sys.stderr)
-    return 1
+
+    def make():
+        build(args.source or download(URL, args.to.parent / ARCHIVE), args.to)
+    return finish(make, args.to)
 
 
 if __name__ == "__main__":

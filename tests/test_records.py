@@ -75,6 +75,32 @@ def test_chat_lists_read_like_messages(write):
     assert read_prompts(write({"prompt": user})) == [prompt]
 
 
+@pytest.mark.parametrize("shared, chosen, rejected, prompt", [
+    ("Q: why?\nA:", " So.", " No.", "Q: why?\nA:"),
+    ("Q: why?\n\nA", " s", "\n\tn", "Q: why?\n\nA"),
+    ("one two ", "three", "thrice", "one two"), ("Q: why?\n \n", "So.", "No.", "Q: why?"), ("one two", "three", "fold", "one"), ("", "b c", "c b", ""),
+    ("", "word", "words", ""), ("say", "", " more", ""), ("a say", "", " more", "a"), (" ", "a", "b", ""),
+    ("x\n\nHuman: a\n\nAssistant:", " yes", " yesterday", "x\n\nHuman: a\n\nAssistant:"),
+    ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " one two", " one\n\nthree", None),
+    ("\n\nHuman: a\n\nAssistant:", "b", " b", None)])
+def test_prompt_is_what_two_texts_begin_with(write, shared, chosen, rejected, prompt):
+    """As TRL's implicit prompts; no word is cut, and the space before the answer is the answer's."""
+    texts = [shared + chosen, shared + rejected]
+    got, responses, ranks, gold = read_preferences(write({"chosen": texts[0], "rejected": texts[1]}))[0]
+    assert got == (shared if prompt is None else prompt) and [got + r for r in responses] == texts
+    assert ranks == [0, 1] and gold is None
+
+
+def test_prompt_is_the_messages_that_two_chats_begin_with(write):
+    first = [turn("system", "be"), turn("user", "hi"), turn("assistant", "yes?"), turn("user", "so")]
+    yes, no = [turn("assistant", "so it is")], [turn("assistant", "so not")]
+    explicit, implicit, none, empty = read_preferences(write(
+        {"prompt": first, "chosen": yes, "rejected": no}, {"chosen": first + yes, "rejected": first + no, "gold": [1, 0]},
+        {"chosen": yes, "rejected": no}, {"prompt": "", "chosen": yes, "rejected": no}))
+    assert implicit[:2] == explicit[:2] == (explicit[0], [" so it is", " so not"]) and implicit[3] == [1, 0]
+    assert none == empty and none[0] == ""
+
+
 def test_prompts(write):
     assert read_prompts(write({"prompt": "a"}, {"prompt": "", "completion": 3})) == ["a", ""]
 
@@ -110,7 +136,27 @@ BAD = [(read, line, says) for read in (read_sft, read_preferences, read_prompts)
     (read_sft, b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\ud800"}]}', "half a char"),
     (read_preferences, {"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
     (read_preferences, {"prompt": "a", "rejected": "b"}, '"chosen" is missing'),
-    (read_preferences, {"chosen": "a", "rejected": "b"}, '"prompt" is missing'),
+    (read_preferences, {"responses": ["a", "b"]}, '"prompt" is missing'),
+    (read_preferences, {"chosen": "a"}, '"rejected" is missing'), (read_preferences, {"rejected": "a"}, '"prompt" is missing'),
+    (read_preferences, {"chosen": "a b", "rejected": 3}, '"rejected" is no string'),
+    (read_preferences, {"chosen": "a b", "rejected": "a b"}, "the same"),
+    (read_preferences, {"chosen": "", "rejected": "a"}, "one of the answers is empty"),
+    (read_preferences, {"chosen": "a b ", "rejected": "a b c"}, "one of the answers is empty"),
+    (read_preferences, {"chosen": "a", "rejected": [turn("user", "a")]}, "is a text, the other a list"),
+    (read_preferences, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: "}, "is empty"),
+    (read_preferences, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "do not share"),
+    (read_preferences, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"}, "last turn is not the assistant's"),
+    (read_preferences, {"chosen": "Q\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "Q\n\nAssistant: d"}, "do not share"),
+    (read_preferences, {"chosen": [turn("user", "a"), turn("assistant", "b")], "rejected": [turn("user", "a")]}, "needs one turn"),
+    (read_preferences, {"chosen": [turn("user", "a"), turn("user", "b")], "rejected": [turn("user", "a"), turn("assistant", "b")]},
+     "last message is not the assistant's"),
+    (read_preferences, {"chosen": [turn("user", "a"), turn("assistant", "b")], "rejected": [turn("user", "c"), turn("assistant", "b")]},
+     '"chosen" needs one turn after the prompt'),
+    (read_preferences, {"chosen": [turn("robot", "a")], "rejected": [turn("user", "a")]}, '"role"'),
+    (read_preferences, {"chosen": [turn("assistant", "a")], "rejected": [turn("assistant", "a")]}, "the same"),
+    (read_sft, {"prompt": [turn("user", "a")], "completion": [turn("user", "b")]}, "last message is not the assistant's"),
+    (read_sft, {"prompt": [turn("user", "a")], "completion": []}, '"completion" needs one turn'),
+    (read_sft, {"messages": [turn("assistant", "a"), turn("user", "b")]}, "the last message is not the assistant's"),
     (read_preferences, {"prompt": "a", "chosen": "b", "rejected": "b"}, "the same"),
     (read_preferences, {"prompt": "a", "responses": "bc"}, '"responses" is no list'),
     (read_preferences, {"prompt": "a", "responses": ["b", 1]}, '"responses" is no string'),
