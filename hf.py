@@ -71,11 +71,11 @@ def read_safetensors(path):
             raise UserError(f"{path} is no safetensors file, or is cut off")
         header = parse_json(file.read(n), f"{path}: the header")
     header.pop("__metadata__", None)
-    entries = sorted((*_entry(entry, f"{path}: {name[:80]}"), name) for name, entry in header.items())
+    entries = sorted((*_entry(entry, f"{path}: {name[:80]!r}"), name) for name, entry in header.items())
     end = 0
     for start, stop, *_, name in entries:
         if start != end:
-            raise UserError(f"{path}: the numbers of {name[:80]} begin at byte {start} instead of {end}: "
+            raise UserError(f"{path}: the numbers of {name[:80]!r} begin at byte {start} instead of {end}: "
                             "a gap or an overlap")
         end = stop
     if end != size - 8 - n:
@@ -233,7 +233,7 @@ def build(tensors, config, source):
     pairs, meta = names(config.n_layer), gpt.state_dict()
     check_ours(meta, pairs)
     wrong = [f"{name} is missing" for name in pairs if name not in tensors]
-    wrong += [f"{name[:80]} is unknown" for name in tensors if name not in pairs]
+    wrong += [f"{name[:80]!r} is unknown" for name in tensors if name not in pairs]
     for name in pairs.keys() & tensors.keys():
         tensor, shape = tensors[name], tuple(turned(name, meta[pairs[name]]).shape)
         if tuple(tensor.shape) != shape:
@@ -244,7 +244,7 @@ def build(tensors, config, source):
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{source} doesn't fit a GPT-2: {'; '.join(sorted(wrong)[:5])}{more}")
     # copied: a view of the mapped file would be saved with the whole file
-    state = {ours: turned(name, tensors[name]).to(torch.float32, copy=True).contiguous()
+    state = {ours: turned(name, tensors[name]).to(torch.float32, copy=True)
              for name, ours in pairs.items()}
     gpt.load_state_dict(state | {"lm_head.weight": state["trunk.wte.weight"]}, assign=True)
     gpt.lm_head.weight = gpt.trunk.wte.weight  # assign has made two parameters of them
@@ -324,11 +324,6 @@ def their_weights(model):
     return {"transformer." + name: turned(name, weights[ours]) for name, ours in pairs.items()}
 
 
-def their_gpt(gpt, tokenizer):
-    """(config, weights) for GPT2LMHeadModel."""
-    return their_config(gpt.config, tokenizer, architectures=["GPT2LMHeadModel"]), their_weights(gpt)
-
-
 def their_reward_model(rm, tokenizer, path):
     """(config, weights) for GPT2ForSequenceClassification; says what has no place there.
 
@@ -388,7 +383,9 @@ def export(path, folder):
         raise UserError(f"{folder} is there already and not empty; nothing is overwritten")
     kind, tokenizer = common._read(path)["kind"], common.load_tokenizer(path)
     if kind == "GPT":
-        config, weights = their_gpt(common.load(GPT, path), tokenizer)
+        gpt = common.load(GPT, path)
+        config = their_config(gpt.config, tokenizer, architectures=["GPT2LMHeadModel"])
+        weights = their_weights(gpt)
     else:
         config, weights = their_reward_model(common.load(RewardModel, path), tokenizer, path)
     texts = {"config.json": json.dumps(config, indent=2)}

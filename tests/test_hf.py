@@ -58,7 +58,7 @@ def test_round_trip_is_exact(tiny, tmp_path, bias):
     tokens, theirs = torch.randint(257, (2, 20)), back.state_dict()
     assert torch.equal(gpt(tokens), back(tokens)) and back.lm_head.weight is back.trunk.wte.weight
     for name, weight in gpt.state_dict().items():
-        assert torch.equal(weight, theirs[name])
+        assert torch.equal(weight, theirs[name]) and theirs[name].is_contiguous()
     assert bias or not any(theirs[name].any() for name in theirs.keys() - gpt.state_dict().keys())
     assert common.load_tokenizer(tmp_path / "in.pt").name == "bytes"
 
@@ -99,6 +99,8 @@ def folder_of(tensors, config, tmp_path, name="model.safetensors", **kwargs):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickles_masks_and_a_tied_head(tiny, tmp_path, zipped):
     tensors, config, gpt = raw(tiny, tmp_path)
+    gpt_again = hf.build(tensors, gpt.config, "here")
+    assert gpt_again.lm_head.weight is gpt_again.trunk.wte.weight
     tensors["lm_head.weight"] = tensors["wte.weight"]
     tensors["h.0.attn.bias"], tensors["h.0.attn.masked_bias"] = torch.ones(1, 1, 8, 8), torch.tensor(-1e4)
     folder = folder_of(tensors, config, tmp_path, "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
@@ -185,7 +187,7 @@ BAD_FILES = {
     "cut off": (blob({"a": entry()}, bytes(9)), "cut off or damaged.* 16 bytes .* there are 9"),
     "past the end": (blob({"a": entry(), "b": entry(offsets=(16, 32))}, bytes(16)), "there are 16"),
     "too much": (blob({"a": entry()}, bytes(20)), "there are 20"),
-    "overlap": (blob({"a": entry(), "b": entry(offsets=(8, 24))}, bytes(24)), "b begin at byte 8 instead of 16"),
+    "overlap": (blob({"a": entry(), "b": entry(offsets=(8, 24))}, bytes(24)), "'b' begin at byte 8 instead of 16"),
     "same place": (blob({"a": entry(), "b": entry()}, bytes(16)), "gap or an overlap"),
     "gap": (blob({"a": entry(offsets=(4, 20))}, bytes(20)), "begin at byte 4 instead of 0"),
     "negative": (blob({"a": entry(offsets=(-16, 0))}, bytes(16)), "data_offsets .* no list of sizes"),
@@ -222,9 +224,13 @@ class Code:
 
 
 def zip_bomb(path):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("x/data.pkl", pickle.dumps({}, 2))
-        archive.writestr("x/data/0", bytes(10**8))
+    """A file of torch.save whose pickle, with a name of 10 MB in it, is packed."""
+    torch.save({"a" * 10**7: torch.zeros(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data, zipfile.ZIP_DEFLATED if name.endswith(".pkl") else None)
 
 
 def hollow(path, zipped):
@@ -299,7 +305,7 @@ def test_wrong_tensors_are_all_named(tiny, tmp_path):
     tensors["h.0.mlp.c_fc.weight"] = tensors["h.0.mlp.c_fc.weight"].T
     tensors["extra"], tensors["wpe.weight"] = torch.zeros(1), tensors["wpe.weight"].double()
     folder = folder_of(tensors, config, tmp_path, "pytorch_model.bin")
-    refused(folder, tmp_path, r"extra is unknown; h.0.mlp.c_fc.weight is \(32, 8\) instead of \(8, 32\); "
+    refused(folder, tmp_path, r"'extra' is unknown; h.0.mlp.c_fc.weight is \(32, 8\) instead of \(8, 32\); "
                               r"ln_f.bias is missing; wpe.weight is torch.float64")
 
 
