@@ -1,0 +1,480 @@
+"""hf.py: nothing is lost on the way out and back, transformers agrees, and no bad file is let in."""
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import hf
+from data.records import UserError
+from data.tokenizer import get_tokenizer
+from model import GPT, RewardModel
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers would otherwise ask for a chat template
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CACHE = ROOT.parent / "shared" / "tiktoken"
+BYTES = {"vocab_size": 257}  # that of the bytes tokenizer
+SMALL = BYTES | {"block_size": 8, "d_model": 8, "n_head": 2, "n_layer": 1}
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers is not installed (requirements-dev.txt)")
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    if not CACHE.is_dir():
+        pytest.skip(f"no GPT-2 vocabulary in {CACHE}")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    return get_tokenizer("gpt2")
+
+
+def exported(model, tmp_path, tokenizer="bytes", name="theirs"):
+    common.save(tmp_path / f"{name}.pt", model, get_tokenizer(tokenizer))
+    hf.main(["export", str(tmp_path / f"{name}.pt"), str(tmp_path / name)])
+    return tmp_path / name
+
+
+def imported(source, tmp_path, tokenizer="bytes"):
+    hf.main(["import", str(source), str(tmp_path / "in.pt"), "--tokenizer", tokenizer])
+    return common.load(GPT, tmp_path / "in.pt")
+
+
+# ---- out and back ----
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_round_trip_is_exact(tiny, tmp_path, bias):
+    gpt = tiny(**BYTES, bias=bias)
+    back = imported(exported(gpt, tmp_path), tmp_path)
+    tokens, theirs = torch.randint(257, (2, 20)), back.state_dict()
+    assert torch.equal(gpt(tokens), back(tokens)) and back.lm_head.weight is back.trunk.wte.weight
+    for name, weight in gpt.state_dict().items():
+        assert torch.equal(weight, theirs[name]) and theirs[name].is_contiguous()
+    assert bias or not any(theirs[name].any() for name in theirs.keys() - gpt.state_dict().keys())
+    assert common.load_tokenizer(tmp_path / "in.pt").name == "bytes"
+
+
+def test_matrices_are_in_out(tiny, tmp_path):
+    """x @ W + b on the exported numbers is what our Linear does, for q, k, v apart too."""
+    gpt = tiny(**BYTES)
+    theirs, x = hf.read_safetensors(exported(gpt, tmp_path) / "model.safetensors"), torch.randn(3, 32)
+    block = gpt.trunk.blocks[1]
+    for name, ours in (("attn.c_attn", block.attn.qkv), ("mlp.c_fc", block.mlp.up), ("attn.c_proj", block.attn.proj)):
+        W, b = (theirs[f"transformer.h.1.{name}.{kind}"] for kind in ("weight", "bias"))
+        np.testing.assert_allclose(x.numpy() @ W.numpy() + b.numpy(), ours(x).detach().numpy(), atol=1e-5)
+    assert theirs["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
+    assert theirs["transformer.h.0.mlp.c_proj.weight"].shape == (128, 32)
+
+
+def raw(tiny, tmp_path, **sizes):
+    """(tensors without prefix, config, gpt): the tensors as in the files of 2019."""
+    gpt = tiny(**SMALL | sizes)
+    folder = exported(gpt, tmp_path)
+    tensors = hf.read_safetensors(folder / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor.clone() for name, tensor in tensors.items()}
+    return tensors, json.loads((folder / "config.json").read_text()), gpt
+
+
+def folder_of(tensors, config, tmp_path, name="model.safetensors", **kwargs):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    if name.endswith(".bin"):
+        torch.save(tensors, folder / name, **kwargs)
+    else:
+        hf.write_safetensors(folder / name, tensors)
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_masks_and_a_tied_head(tiny, tmp_path, zipped):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    gpt_again = hf.build(tensors, gpt.config, "here")
+    assert gpt_again.lm_head.weight is gpt_again.trunk.wte.weight
+    tensors["lm_head.weight"] = tensors["wte.weight"]
+    tensors["h.0.attn.bias"], tensors["h.0.attn.masked_bias"] = torch.ones(1, 1, 8, 8), torch.tensor(-1e4)
+    folder = folder_of(tensors, config, tmp_path, "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    tokens = torch.randint(257, (2, 8))
+    assert torch.equal(imported(folder, tmp_path)(tokens), gpt(tokens))
+    assert torch.equal(imported(folder / "pytorch_model.bin", tmp_path)(tokens), gpt(tokens))
+
+
+def test_without_config_heads_are_64_wide(tiny, tmp_path, capsys):
+    tensors, _, gpt = raw(tiny, tmp_path, d_model=128, n_head=2)
+    folder = folder_of(tensors, None, tmp_path)
+    assert imported(folder / "model.safetensors", tmp_path).config == gpt.config
+    assert "n_head is taken as 128/64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32(tiny, tmp_path, dtype):
+    tensors, config, _ = raw(tiny, tmp_path)
+    half = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    folder = folder_of(half, config, tmp_path, "pytorch_model.bin")
+    weights = imported(folder, tmp_path).state_dict()
+    assert torch.equal(weights["trunk.wte.weight"], half["wte.weight"].float())
+    assert torch.equal(weights["trunk.blocks.0.mlp.up.weight"], half["h.0.mlp.c_fc.weight"].float().T)
+    assert all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights.values())
+
+
+def test_a_checkpoint_is_no_larger_than_its_weights(tiny, tmp_path):
+    imported(exported(tiny(**BYTES), tmp_path), tmp_path)
+    assert (tmp_path / "in.pt").stat().st_size < 1.3 * (tmp_path / "theirs" / "model.safetensors").stat().st_size
+
+
+# ---- names and the download ----
+
+def fake_download(monkeypatch, download):
+    monkeypatch.setitem(sys.modules, "data.download", types.SimpleNamespace(download=download))
+
+
+def test_a_known_name_is_downloaded_once(tiny, tmp_path, monkeypatch):
+    folder, asked = exported(tiny(**SMALL), tmp_path), []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def download(url, path):
+        asked.append(url)
+        path.write_bytes((folder / path.name).read_bytes())
+    fake_download(monkeypatch, download)
+    for _ in range(2):
+        imported("gpt2-medium", tmp_path)
+    start = "https://huggingface.co/openai-community/gpt2-medium/resolve/main/"
+    assert asked == [start + "config.json", start + "model.safetensors"]
+
+
+def test_no_network_tells_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def download(url, path):
+        raise UserError(f"can't reach {url}")
+    fake_download(monkeypatch, download)
+    with pytest.raises(UserError, match="can't reach .*config.json; a folder .*import FOLDER out/gpt2.pt"):
+        imported("gpt2", tmp_path)
+
+
+# ---- what must not get in ----
+
+def blob(header, numbers=b"", n=None):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(header) if n is None else n).to_bytes(8, "little") + header + numbers
+
+
+def entry(shape=(2, 2), offsets=(0, 16), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+BAD_FILES = {
+    "empty": (b"", "no safetensors file, or is cut off"),
+    "short": (b"\3\0\0", "no safetensors file, or is cut off"),
+    "random": (bytes(range(7, 250)), "no safetensors file, or is cut off"),
+    "header too long": (blob({}, n=2**63), "no safetensors file, or is cut off"),
+    "no JSON": (blob(b"{not json"), "is not JSON"),
+    "no UTF-8": (blob(b"\xff\xfe{}"), "is not JSON"),
+    "deep": (blob(b"[" * 200_000), "is not JSON"),
+    "no object": (blob([1]), "is not a JSON object"),
+    "twice": (blob(b'{"a": 1, "a": 2}'), "stands twice"),
+    "long number": (blob(b'{"a": ' + b"9" * 5000 + b"}"), "is not JSON"),
+    "cut off": (blob({"a": entry()}, bytes(9)), "cut off or damaged.* 16 bytes .* there are 9"),
+    "past the end": (blob({"a": entry(), "b": entry(offsets=(16, 32))}, bytes(16)), "there are 16"),
+    "too much": (blob({"a": entry()}, bytes(20)), "there are 20"),
+    "overlap": (blob({"a": entry(), "b": entry(offsets=(8, 24))}, bytes(24)), "'b' begin at byte 8 instead of 16"),
+    "same place": (blob({"a": entry(), "b": entry()}, bytes(16)), "gap or an overlap"),
+    "gap": (blob({"a": entry(offsets=(4, 20))}, bytes(20)), "begin at byte 4 instead of 0"),
+    "negative": (blob({"a": entry(offsets=(-16, 0))}, bytes(16)), "data_offsets .* no list of sizes"),
+    "negative shape": (blob({"a": entry((-2, -2))}, bytes(16)), "shape .* no list of sizes"),
+    "bools": (blob({"a": entry((True, 4))}, bytes(16)), "shape .* no list of sizes"),
+    "float": (blob({"a": entry((2.0, 2))}, bytes(16)), "shape .* no list of sizes"),
+    "huge": (blob({"a": entry((2**62, 2**62))}, bytes(16)), "takes 85070591"),
+    "many dimensions": (blob({"a": entry((2**62,) * 10**5)}, bytes(16)), "no list of sizes"),
+    "offsets of three": (blob({"a": entry(offsets=(0, 8, 16))}, bytes(16)), "lies at bytes"),
+    "wrong length": (blob({"a": entry((2, 3))}, bytes(16)), "takes 24"),
+    "dtype": (blob({"a": entry(dtype="F31")}, bytes(16)), "unknown dtype 'F31'"),
+    "dtype a list": (blob({"a": entry(dtype=["F32"])}, bytes(16)), "unknown dtype"),
+    "no entry": (blob({"a": 3}, bytes(16)), "unknown dtype None"),
+    "another model": (blob({"a": entry()}, bytes(16)), "wte.weight is missing"),
+}
+
+
+def refused(source, tmp_path, match):
+    """The import must end in a UserError of one line, and leave nothing behind."""
+    with pytest.raises(UserError, match=match) as caught:
+        hf.main(["import", str(source), str(tmp_path / "out" / "x.pt"), "--tokenizer", "bytes"])
+    assert not (tmp_path / "out").exists() and len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_safetensors(tmp_path, case):
+    (tmp_path / "x.safetensors").write_bytes(BAD_FILES[case][0])
+    refused(tmp_path / "x.safetensors", tmp_path, BAD_FILES[case][1])
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def zip_bomb(path):
+    """A file of torch.save whose pickle, with a name of 10 MB in it, is packed."""
+    torch.save({"a" * 10**7: torch.zeros(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data, zipfile.ZIP_DEFLATED if name.endswith(".pkl") else None)
+
+
+def hollow(path, zipped):
+    """A tensor of 4 EB on a storage of 4 bytes."""
+    torch.save({"wte.weight": torch.zeros(1).expand(2**30, 2**30)}, path, _use_new_zipfile_serialization=zipped)
+
+
+def huge_storage(path):
+    """The old format, in which the pickle alone says how large a storage is."""
+    torch.save({"a": torch.zeros(77777)}, path, _use_new_zipfile_serialization=False)
+    small, large = (b"J" + n.to_bytes(4, "little") for n in (77777, 2**31 - 1))
+    path.write_bytes(path.read_bytes().replace(small, large)[:900])
+
+
+def cut(path):
+    torch.save({"a": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+BAD_PICKLES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "random": lambda path: path.write_bytes(bytes(range(7, 250))),
+    "a list": lambda path: torch.save([torch.zeros(1)], path),
+    "no tensors": lambda path: torch.save({"a": 1}, path),
+    "code": lambda path: path.write_bytes(pickle.dumps({"a": Code()})),
+    "code in a zip": lambda path: torch.save({"a": Code()}, path),
+    "code in the old format": lambda path: torch.save({"a": Code()}, path, _use_new_zipfile_serialization=False),
+    "sparse": lambda path: torch.save({"a": torch.eye(3).to_sparse()}, path),
+    "meta": lambda path: torch.save({"a": torch.zeros(3, device="meta")}, path),
+    "zip bomb": zip_bomb, "huge storage": huge_storage, "cut off": cut,
+    "hollow": lambda path: hollow(path, True), "hollow and old": lambda path: hollow(path, False),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PICKLES)
+def test_bad_pickles(tmp_path, case, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    BAD_PICKLES[case](tmp_path / "x.bin")
+    refused(tmp_path / "x.bin", tmp_path, "damaged, or holds more than tensors")
+    assert not (tmp_path / "ran").exists()
+
+
+BAD_CONFIGS = {
+    "model_type": ("gpt_neo", "model_type is 'gpt_neo', and only 'gpt2' is built here"),
+    "activation_function": ("gelu", "activation_function is 'gelu', and only 'gelu_new'"),
+    "layer_norm_epsilon": (1e-6, "layer_norm_epsilon is 1e-06"),
+    "n_inner": (31, "n_inner is 31, and only 32"),
+    "scale_attn_by_inverse_layer_idx": (True, "scale_attn_by_inverse"),
+    "scale_attn_weights": (False, "scale_attn_weights is False"),
+    "add_cross_attention": (True, "add_cross_attention is True"),
+    "n_layer": (2, "n_layer is 2, and the tensors say 1"),
+    "n_embd": (16, "n_embd is 16, and the tensors say 8"),
+    "vocab_size": (10**15, "vocab_size is 10{15}, and the tensors say 257"),
+    "n_positions": (True, "n_positions is True, and must be"),
+    "n_head": (3, "3 heads can't share a width of 8"),
+    "n_head ": (-2, "n_head is None"),  # the name is misspelt, so it is missing
+}
+
+
+@pytest.mark.parametrize("key", BAD_CONFIGS)
+def test_bad_configs(tiny, tmp_path, key):
+    tensors, config, _ = raw(tiny, tmp_path)
+    if key == "n_head ":
+        del config["n_head"]
+    folder = folder_of(tensors, config | {key: BAD_CONFIGS[key][0]}, tmp_path)
+    refused(folder, tmp_path, BAD_CONFIGS[key][1])
+
+
+def test_wrong_tensors_are_all_named(tiny, tmp_path):
+    tensors, config, _ = raw(tiny, tmp_path)
+    del tensors["ln_f.bias"]
+    tensors["h.0.mlp.c_fc.weight"] = tensors["h.0.mlp.c_fc.weight"].T
+    tensors["extra"], tensors["wpe.weight"] = torch.zeros(1), tensors["wpe.weight"].double()
+    folder = folder_of(tensors, config, tmp_path, "pytorch_model.bin")
+    refused(folder, tmp_path, r"'extra' is unknown; h.0.mlp.c_fc.weight is \(32, 8\) instead of \(8, 32\); "
+                              r"ln_f.bias is missing; wpe.weight is torch.float64")
+
+
+def test_a_long_list_is_shortened(tiny, tmp_path):
+    tensors, config, _ = raw(tiny, tmp_path)
+    refused(folder_of({name: tensors[name] for name in ("wte.weight", "wpe.weight", "h.0.ln_1.bias")}, config,
+                      tmp_path), tmp_path, "is missing; and 8 more")
+
+
+@pytest.mark.parametrize("head", [torch.zeros(257, 8), torch.zeros(3, 3), torch.zeros(257, 8).half()])
+def test_a_head_of_its_own(tiny, tmp_path, head):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder = folder_of(tensors | {"lm_head.weight": head}, config, tmp_path, "pytorch_model.bin")
+    refused(folder, tmp_path, "lm_head.weight differs")
+
+
+@pytest.mark.parametrize("name, match", [
+    ("gpt3", "gpt3 is no file or folder here, and no known name: gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+    ("empty", "has neither model.safetensors nor pytorch_model.bin"),
+    ("x.txt", "neither a .safetensors nor a .bin")])
+def test_bad_sources(tmp_path, monkeypatch, name, match):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.txt").touch()
+    refused(name, tmp_path, match)
+
+
+def test_the_tokenizer_must_fit(tiny, tmp_path):
+    refused(exported(tiny(**SMALL | {"vocab_size": 300}), tmp_path), tmp_path, "300 tokens and the tokenizer bytes 257")
+
+
+def test_the_command_line_says_one_sentence(tmp_path):
+    (tmp_path / "x.bin").write_bytes(pickle.dumps(Code()))
+    done = subprocess.run([sys.executable, ROOT / "hf.py", "import", "x.bin", "x.pt", "--tokenizer", "bytes"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("hf.py: x.bin is damaged") and done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["x.bin"]
+
+
+# ---- export ----
+
+def test_nothing_is_overwritten(tiny, tmp_path):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    exported(tiny(**BYTES), tmp_path)  # an empty folder may be there
+    with pytest.raises(UserError, match="not empty; nothing is overwritten"):
+        exported(tiny(**BYTES), tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):
+    def full(path, tensors):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(hf, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space"):
+        exported(tiny(**BYTES), tmp_path)
+    assert os.listdir(tmp_path) == ["theirs.pt"]
+
+
+@pytest.mark.parametrize("pool", ["mean", "max", "token"])
+def test_other_pools_have_no_place_there(tiny, tmp_path, pool):
+    with pytest.raises(UserError, match=f'pool "{pool}", and transformers has "last" only'):
+        exported(RewardModel.from_gpt(tiny(**BYTES), pool), tmp_path)
+    assert os.listdir(tmp_path) == ["theirs.pt"]
+
+
+def test_another_architecture_is_told(tiny, tmp_path):
+    gpt = tiny(**BYTES)
+    gpt.trunk.blocks[0].extra = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="in model.py is no GPT-2: trunk.blocks.0.extra.bias"):
+        hf.their_weights(gpt)
+
+
+def normalised(gpt):
+    """A reward model whose bias, shift and scale all matter."""
+    rm = RewardModel.from_gpt(gpt).eval()
+    torch.nn.init.constant_(rm.reward_head.bias, 0.3)
+    rm.normalise(torch.tensor([1.0, 2.0, 7.0]))
+    return rm
+
+
+def test_reward_head_is_folded(tiny, tmp_path, capsys):
+    rm = normalised(tiny(**BYTES))
+    folder = exported(rm, tmp_path)
+    config, weights = json.loads((folder / "config.json").read_text()), hf.read_safetensors(folder / "model.safetensors")
+    tokens = torch.randint(257, (2, 9))
+    scores = rm.trunk(tokens)[:, -1] @ weights["score.weight"].T + config["score_constant"]
+    torch.testing.assert_close(scores[:, 0], rm.score(tokens, torch.tensor([9, 9])))
+    assert config["pad_token_id"] == 257 and config["vocab_size"] == 258
+    assert weights["transformer.wte.weight"].shape == (258, 32) and not weights["transformer.wte.weight"][257].any()
+    assert f"transformers' score + {config['score_constant']:.6f}" in capsys.readouterr().out
+
+
+# ---- against the packages themselves ----
+
+def test_safetensors_package_agrees(tiny, tmp_path):
+    package = pytest.importorskip("safetensors.torch", reason="safetensors is not installed (requirements-dev.txt)")
+    path = exported(tiny(**BYTES), tmp_path) / "model.safetensors"
+    ours, theirs = hf.read_safetensors(path), package.load_file(path)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    dtypes = {name: (torch.arange(6) % 2).to(dtype).view(2, 3) for name, dtype in hf.DTYPES.items()}
+    package.save_file(dtypes | {"none": torch.zeros(0, 3), "one": torch.tensor(3.0)}, tmp_path / "x.safetensors")
+    back = hf.read_safetensors(tmp_path / "x.safetensors")
+    assert all(torch.equal(back[name], tensor) for name, tensor in dtypes.items())
+    assert back["none"].shape == (0, 3) and back["one"] == 3
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_layer": 3, "n_head": 4, "d_model": 64, "block_size": 40}])
+def test_transformers_opens_what_we_export(transformers, tiny, tmp_path, sizes):
+    gpt = tiny(**BYTES | sizes)
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(exported(gpt, tmp_path), output_loading_info=True)
+    assert not any(info.values()), info
+    tokens = torch.randint(257, (2, 20))
+    torch.testing.assert_close(theirs.eval()(tokens).logits, gpt(tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [{"n_layer": 2, "n_head": 2, "n_embd": 32}, {"n_layer": 3, "n_head": 4, "n_embd": 48}])
+def test_we_open_what_transformers_saves(transformers, tmp_path, sizes):
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=257, n_positions=32, bos_token_id=256, eos_token_id=256, initializer_range=0.3, **sizes)).eval()
+    for name, p in theirs.named_parameters():  # its biases are 0 and its norms 1 otherwise
+        torch.nn.init.normal_(p, std=0.3) if p.dim() == 1 else None
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokens = torch.randint(257, (2, 20))
+    ours = imported(tmp_path / "theirs", tmp_path)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_layer": 3, "n_head": 4, "d_model": 64}])
+def test_transformers_scores_a_padded_batch_alike(transformers, tiny, tmp_path, sizes):
+    rm = normalised(tiny(**BYTES | sizes))
+    theirs, info = transformers.GPT2ForSequenceClassification.from_pretrained(
+        exported(rm, tmp_path), output_loading_info=True)
+    assert not any(info.values()) and theirs.num_labels == 1
+    rows = [torch.randint(256, (n,)).tolist() + [256] for n in (3, 19, 1, 8)] + [[5, 0, 7, 0]]  # 256: eos
+    tokens, lengths = common.pad(rows)
+    pads = torch.arange(tokens.shape[1]) >= lengths[:, None]
+    scores = theirs.eval()(tokens.masked_fill(pads, theirs.config.pad_token_id)).logits[:, 0]
+    torch.testing.assert_close(scores + theirs.config.score_constant, rm.score(tokens, lengths), atol=1e-4, rtol=1e-4)
+
+
+def test_merges_lead_to_every_token(gpt2):
+    """50000 merges after the 256 bytes, in the order of their ranks, each of two tokens known before."""
+    files, ranks = hf.their_tokenizer(gpt2, None), gpt2.encoding._mergeable_ranks
+    vocab, merges = json.loads(files["vocab.json"]), files["merges.txt"].splitlines()[1:]
+    assert len(vocab) == 50257 and len(merges) == 50000 and merges[:2] == ["Ġ t", "Ġ a"]
+    for rank, merge in enumerate(merges, 256):
+        a, b = merge.split(" ")
+        assert vocab[a + b] == rank > max(vocab[a], vocab[b])
+    assert hf.halves(b" the", ranks) == [b" t", b"he"]
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_auto_tokenizer_encodes_alike(transformers, gpt2, tiny, tmp_path, pad):
+    gpt = tiny(vocab_size=50257)
+    folder = exported(RewardModel.from_gpt(gpt) if pad else gpt, tmp_path, "gpt2")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["", " ", "\n\n\n x  \t\r\n", "it's we'll  I'VE 123 4½", "漢字かな 한국어 👩‍👩‍👧‍👦", "\0a\x85\ufeff\u2028",
+             "".join(map(chr, range(500))), "a" * 3000, "  .  , !Hello world.\n\n\nA B"]
+    for text in texts:
+        assert theirs(text)["input_ids"] == gpt2.encode(text)
+        assert theirs.decode(gpt2.encode(text)) == text
+    assert theirs.eos_token_id == 50256 and len(theirs) == 50257 + pad
+    assert theirs.pad_token_id == (50257 if pad else None)
+
+
+def test_what_is_missing_is_said(tiny, tmp_path, capsys):
+    exported(tiny(**BYTES), tmp_path)
+    assert "config.json, model.safetensors written" in (said := capsys.readouterr().out)
+    assert "No tokenizer files: texts must be encoded with this project's data/tokenizer.py" in said
