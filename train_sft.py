@@ -5,14 +5,16 @@ never of the prompt (Ouyang et al. 2022, section 3.5, leave open whether theirs 
 the number of those tokens in the whole optimizer step, so a short answer counts no more than a long one.
 
     python train_sft.py                                 # the built-in stories, from scratch
-    python train_sft.py --data my_folder --steps 2000   # your own sft.jsonl (and sft_val.jsonl)
+    python train_sft.py --data my_folder                # your own sft.jsonl and sft_val.jsonl
+    python train_sft.py --init out/gpt2.pt --lr 5e-5    # from GPT-2's weights, see hf.py
 """
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from common import Log, UserError, batches, clip_and_step, pad, pick_device, run, save, set_lr
+from common import (Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run,
+                    save, set_lr)
 from data.records import open_data, read_sft
 from data.tokenizer import get_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
@@ -22,6 +24,7 @@ from model import GPT, GPTConfig
 class Config:
     data: str = "stories"  # folder with sft.jsonl, or "stories", which is made at the first run
     out: str = "out"  # folder for the results
+    init: str = ""  # checkpoint to start from instead of from scratch; it brings sizes and tokenizer
     tokenizer: str = ""  # "gpt2", "bytes" or a BPE file; default: a BPE trained on the demonstrations
     vocab_size: int = 1024  # of the BPE that is trained here
     n_layer: int = 4  # transformer blocks
@@ -60,7 +63,7 @@ def encode(examples, tokenizer, block_size, name):
         print(f"{name}: of {len(examples)} examples {cut} prompts cut from the left, {dropped} "
               f"completions longer than block_size {block_size} dropped")
     if not rows:
-        raise UserError(f"{name}: no example fits into --block-size {block_size}")
+        raise UserError(f"{name}: no example fits into block_size {block_size}")
     return rows
 
 
@@ -113,6 +116,20 @@ def make_optimizer(gpt, cfg):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
 
 
+def start(cfg, train):
+    """A new GPT and its tokenizer, or those of the checkpoint --init."""
+    if not cfg.init:
+        tokenizer = get_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(
+            (text for example in train for text in example), cfg.vocab_size)
+        return GPT(GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model,
+                             cfg.dropout)), tokenizer
+    for name in ("tokenizer", "vocab_size", "n_layer", "n_head", "d_model", "block_size"):
+        if getattr(cfg, name) != getattr(Config, name):
+            raise UserError(f"--init brings its own sizes and tokenizer: leave out "
+                            f"--{name.replace('_', '-')}")
+    return load(GPT, cfg.init, cfg.dropout), load_tokenizer(cfg.init)
+
+
 def main(cfg):
     torch.manual_seed(cfg.seed)
     order = torch.Generator().manual_seed(cfg.seed)
@@ -122,14 +139,11 @@ def main(cfg):
 
     train = read_sft(folder / "sft.jsonl", cfg.skip_bad)
     val = read_sft(folder / "sft_val.jsonl", cfg.skip_bad)
-    tokenizer = get_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(
-        (text for example in train for text in example), cfg.vocab_size)
-    rows = encode(train, tokenizer, cfg.block_size, "sft.jsonl")
-    val_rows = encode(val, tokenizer, cfg.block_size, "sft_val.jsonl")
+    gpt, tokenizer = start(cfg, train)
+    gpt, block_size = gpt.to(device).train(), gpt.config.block_size
+    rows = encode(train, tokenizer, block_size, "sft.jsonl")
+    val_rows = encode(val, tokenizer, block_size, "sft_val.jsonl")
     lengths = [len(row) for row, _ in rows]
-
-    gpt = GPT(GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model,
-                        cfg.dropout)).to(device)
     optimizer = make_optimizer(gpt, cfg)
     steps = max(1, round(cfg.epochs * len(batches(lengths, cfg.batch_tokens))))
     log = Log(out / "sft.jsonl", cfg, steps)
@@ -148,7 +162,7 @@ def main(cfg):
             if step % 25 == 0 or step == steps:
                 log(step, loss=loss.item() / count, lr=lr, grad_norm=norm)
             if step % 100 == 0:
-                show_sample(gpt, tokenizer, val[0][0], cfg.block_size, device)
+                show_sample(gpt, tokenizer, val[0][0], block_size, device)
 
     val_loss = evaluate(gpt, val_rows, cfg.batch_tokens, device)
     save(out / "sft.pt", gpt, tokenizer)

@@ -168,6 +168,16 @@ def test_variants_run(run, made, settings):
         assert updates != steps(made / "out/ppo.jsonl")
 
 
+def test_init_starts_from_a_checkpoint_with_its_sizes_and_tokenizer(made, tmp_path):
+    where = {"data": str(made / "data"), "init": str(made / "out/sft.pt"), "device": "cpu"}
+    train_sft.main(train_sft.Config(**where, out=str(tmp_path), lr=0.0, epochs=0.5))
+    old, new = (load(GPT, path / "sft.pt") for path in (made / "out", tmp_path))
+    assert new.config == old.config and load_tokenizer(tmp_path / "sft.pt").name == "bytes"
+    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), old.parameters()))
+    with pytest.raises(UserError, match="--init brings its own sizes and tokenizer: leave out --n-layer"):
+        train_sft.main(train_sft.Config(**where, out=str(tmp_path), n_layer=3))
+
+
 def test_a_judge_is_reported_on_and_changes_nothing(made, run):
     """The judge here is the reward model itself, so its score is the proxy wherever a text ends by itself."""
     alone, judged = run("alone"), run("judged", judge=str(made / "out/rm.pt"))

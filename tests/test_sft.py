@@ -155,7 +155,7 @@ def test_long_prompts_lose_their_beginning_and_long_completions_are_dropped(toke
     encode(texts[1:2], tokenizer, 8, "sft.jsonl")
     assert capsys.readouterr().out == ""
     assert encode(texts[3:4], tokenizer, 9, "x")[0][1] == 1  # room for one token of the prompt
-    with pytest.raises(UserError, match="sft.jsonl: no example fits into --block-size 8"):
+    with pytest.raises(UserError, match="sft.jsonl: no example fits into block_size 8"):
         encode(texts[2:3], tokenizer, 8, "sft.jsonl")
 
 
