@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# GPT-2 (124M) on OpenAI's TL;DR, on one GPU: weights, data, SFT, reward model, PPO.
+#   bash runs/gpt2_tldr.sh             # not measured here; estimate: 20 GB of GPU memory
+#   SMOKE=1 bash runs/gpt2_tldr.sh     # the same commands on a CPU: a tiny net, few texts, few steps
+# Learning rates: Ziegler et al. 2019 (124M) and Stiennon et al. 2020; the rest is that of ppo.py.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python} out=${OUT:-out/gpt2_tldr}
+source runs/smoke.sh
+
+if [ -n "${SMOKE:-}" ]; then
+    smoke_data tldr
+else
+    data=data/files/tldr init=out/gpt2.pt few_sft= few_rm= few_ppo=
+    $python -m data.tldr
+    [ -e $init ] || $python hf.py import gpt2 $init
+fi
+$python train_sft.py --data $data --out $out --init $init --epochs 1 --batch-tokens 16384 --lr 1e-4 $few_sft
+$python train_rm.py --data $data --out $out --batch-tokens 16384 --lr 1.5e-5 $few_rm
+$python ppo.py --data $data --out $out --updates 400 --batch 256 --max-new-tokens 64 \
+    --batch-tokens 16384 --lr 1e-5 --critic-lr 1e-5 $few_ppo
