@@ -19,7 +19,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "files" / "stories"
 BEST = 1.0  # gold of a perfect story
 SHARPNESS = 10.0  # logits of preference for each unit of gold: a gap of 0.3 is chosen 95% of the time
-SIZES = {"sft": 6000, "sft_val": 400, "preferences": 24000, "preferences_val": 1000,
+SIZES = {"sft": 6000, "sft_val": 400, "preferences": 28000, "preferences_val": 2000,
          "prompts": 4000, "prompts_val": 256}
 
 HEROES = "fox bear rabbit owl mouse cat dog duck horse frog squirrel hedgehog".split()
@@ -111,7 +111,7 @@ def gold_score(prompt, response):
     valid: share of its sentences that are sentences of this world, each in its place (an opening
     first, an ending last, middles between) and not told before; a missing ending counts as one that
     is not. parts: share of the things asked for that occur in valid sentences. ending: 1 if it ends
-    well. length: 1 for 3 or 4 sentences, and 1/2 less for each one more or fewer. Gibberish gets 0.
+    well. length: 1 for 3 or 4 sentences, 0 for more or fewer. Gibberish gets 0.
     """
     sentences = split_sentences(response)
     if not sentences:
@@ -125,7 +125,7 @@ def gold_score(prompt, response):
     words, asked = set(re.findall(r"\w+", " ".join(valid))), asked_for(prompt)
     parts = sum(part in words for part in asked) / max(1, len(asked))
     ending = ended and HAPPY_END.fullmatch(sentences[-1]) is not None
-    length = max(0.0, 1 - 0.5 * max(3 - len(sentences), len(sentences) - 4, 0))
+    length = len(sentences) in (3, 4)
     share = len(valid) / (len(sentences) + (not ended))
     return share**3 * (0.6 * parts + 0.2 * ending + 0.2 * length)
 
@@ -190,9 +190,9 @@ def demonstration(rng, asked):
     return " ".join(tell(rng, asked, flaws))
 
 
-def broken(rng, asked):
-    """Text that no one would hand in, but that a policy may find: a reward model must have seen it."""
-    story = tell(rng, asked, {flaw for flaw in ("swap", "sad", "ramble") if rng.random() < 0.3})
+def broken(rng, asked, story):
+    """What no one would hand in, but a policy may find: a reward model must have seen it. Made from a
+    story, a list of sentences; may come out unbroken by chance."""
     words = " ".join(story).split()
     kind = rng.randrange(8)
     if kind == 0:  # cut off
@@ -233,10 +233,22 @@ def twins(rng, asked):
             return [" " + story, " " + other]
 
 
+def damaged(rng, asked):
+    """A story in broken form, and what it must lose against: itself, or one with ordinary flaws."""
+    while True:
+        story = tell(rng, asked, {"sad"} if rng.random() < 0.4 else set())
+        whole = " ".join(story) if rng.random() < 0.5 else demonstration(rng, asked)
+        if (other := broken(rng, asked, story)) != whole:
+            return [" " + whole, " " + other]
+
+
 def responses(rng, asked, count):
     """Different stories for one prompt, good and ordinary; in half of the cases one is broken, and some
     are twins."""
-    made = [broken(rng, asked)] if rng.random() < 0.5 else []
+    made = []
+    if rng.random() < 0.5:
+        flaws = {flaw for flaw in ("swap", "sad", "ramble") if rng.random() < 0.3}
+        made.append(broken(rng, asked, tell(rng, asked, flaws)))
     while len(made) < count:
         draw = rng.random()
         if draw < 0.15 and made:
@@ -282,8 +294,10 @@ def _line(rng, name, prompt, asked):
     if name.startswith("sft"):
         return {"prompt": prompt, "completion": " " + demonstration(rng, asked)}
     if name.startswith("preferences"):
-        # two in three are twins: rankings of all kinds alone did not teach that the prompt matters
-        stories = twins(rng, asked) if rng.random() < 0.65 else responses(rng, asked, 4)
+        # rankings alone did not teach that the prompt matters, nor that the order of words does
+        draw = rng.random()
+        stories = (twins(rng, asked) if draw < 0.45 else damaged(rng, asked) if draw < 0.7
+                   else responses(rng, asked, 4))
         return {"prompt": prompt, "responses": rank(rng, prompt, stories)}
     return {"prompt": prompt}
 

@@ -84,7 +84,7 @@ def test_flaws_of_the_generator_lower_gold():
         assert mean(gold(story, prompt) for prompt, story in (made(seed, {flaw}) for seed in range(200))) < 0.95
 
 
-def test_more_sentences_are_worse_and_worse():
+def test_more_sentences_than_four_are_worse():
     extra = [s.format(hero="fox", friend=FRIEND, food="soup", weather="fog", place="river", kind="shy") for s in (
         "The {hero} was tired but did not give up.", "The {hero} looked at the sky for a while.",
         "Just then a {kind} {friend} came round the corner.", "Soon the whole {place} was talking about the bell.",
@@ -92,7 +92,7 @@ def test_more_sentences_are_worse_and_worse():
         "The {friend} talked about {food} and then about the {weather}.")]
     scores = [gold(STORY[:3] + extra[:n] + STORY[3:]) for n in range(len(extra) + 1)]
     assert scores[0] == 1 and scores == sorted(scores, reverse=True) and min(scores) > 0
-    assert scores[0] > scores[1] > scores[2]
+    assert scores[0] > scores[1]
 
 
 GIBBERISH = ["", " ", "\n", ".", "...", "!?", "fox lantern river", "fox. lantern. river.", "fox fox fox fox. lantern lantern.",
@@ -111,7 +111,8 @@ def test_gold_lies_between_0_and_1_and_repeating_never_pays():
     for _ in range(400):
         hero, thing = rng.choice(stories.HEROES), rng.choice(stories.THINGS)
         prompt, asked = stories.make_prompt(rng, hero, thing)
-        text = stories.broken(rng, asked) if rng.random() < 0.5 else stories.demonstration(rng, asked)
+        story = stories.tell(rng, asked, set())
+        text = stories.broken(rng, asked, story) if rng.random() < 0.5 else stories.demonstration(rng, asked)
         score = gold_score(prompt, text)
         assert 0 <= score <= BEST
         assert gold_score(prompt, text + " " + text) <= max(score, 0.5)
