@@ -57,6 +57,7 @@ class Config:
     clip: float = 0.2  # of the ratio, and of the step of a value
     lam: float = 0.95  # lambda of GAE; gamma is 1: a response is one episode
     ptx_coef: float = 0.0  # weight of the SFT loss mixed in (PPO-ptx; Ouyang et al. 2022, eq. 2)
+    show: int = 4  # held-out texts printed at the end, before and after
     seed: int = 1  # of order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
     skip_bad: bool = False  # leave out lines that can't be used, and count them
@@ -382,7 +383,7 @@ def win_rate(after, before):
     return mean([(a > b) + 0.5 * (a == b) for a, b in zip(after, before)])
 
 
-def print_table(before, after, world, show=4):
+def print_table(before, after, world, show):
     """The same held-out prompts under the SFT model and under PPO, then the first texts, unedited."""
     names = "".join(f"{name:>11}" for name in means(before))
     print(f"\n{len(before['texts'])} held-out prompts   {names}")
@@ -469,11 +470,13 @@ def main(cfg):
             print(f"      held out: {describe(seen)}")
 
     after = evaluate(policy, *held_out)
-    print_table(before, after, world)
+    print_table(before, after, world, cfg.show)
     save(out / "ppo.pt", policy, tokenizer)
     log.report(update=0, **means(before))
-    log.report(update=cfg.updates, **means(after), win_rate=win_rate(after["score"], before["score"]),
-               gold_win_rate=win_rate(after["gold"], before["gold"]) if world else None)
+    wins = {f"{name}_win_rate": win_rate(after[name], before[name]) for name in ("gold", "judge")
+            if before[name]}
+    log.report(update=cfg.updates, **means(after), **wins,
+               win_rate=win_rate(after["score"], before["score"]))
     print(f"PPO done: {describe(means(after))}; {out / 'ppo.pt'}")
 
 

@@ -211,11 +211,13 @@ def half_panel_accuracy(pairs, cuts=10):
 
 # ---- files ----
 
-def build(source, target):
-    """Archive or folder -> the six files; prints what was written and the human ceilings."""
+def build(source, target, only=None):
+    """Archive or folder -> the six files; prints what was written and the human ceilings. `only`, 0 or
+    1, keeps half of the sentences to train on: two reward models that have none in common."""
     sides, files = {".jsonl": [], "_val.jsonl": []}, {}
     for s in parse(read_source(source)):
-        sides["_val.jsonl" if is_val(s.text) else ".jsonl"].append(s)
+        if is_val(s.text) or only in (None, half(s.text)):
+            sides["_val.jsonl" if is_val(s.text) else ".jsonl"].append(s)
     train, val = sides.values()
     pairs = random_pairs(val)
     if not pairs or not random_pairs(train, count=1):
@@ -241,10 +243,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--from", dest="source", type=Path, help="archive or folder; else download")
     parser.add_argument("--to", type=Path, default=TARGET, help="default: %(default)s")
+    parser.add_argument("--half", type=int, choices=(0, 1), help="train on one half of the sentences only")
     args = parser.parse_args(argv)
 
     def make():
-        build(args.source or download(URL, args.to.parent / ARCHIVE), args.to)
+        build(args.source or download(URL, args.to.parent / ARCHIVE), args.to, args.half)
     return finish(make, args.to)
 
 

@@ -2,15 +2,29 @@
 # Human ratings, from scratch: 8,979 film-review sentences, no pretrained weights, 2 CPU cores.
 #   bash runs/reviews.sh                   # downloads the archive
 #   bash runs/reviews.sh --from ARCHIVE    # has it already
+# One reward model learns from all sentences and is held against the raters. Two more learn from one
+# half each: PPO climbs the first, and the second judges what it did, having seen none of its sentences.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python} data=data/files/reviews out=${OUT:-out/reviews} seed=${SEED:-1}
+python=${PYTHON:-python} data=data/files/reviews out=${OUT:-out/reviews} seeds=${SEEDS:-1}
+sft="--epochs 8 --dropout 0.2 --lr 2e-3 --block-size 96"
+rm="--dropout 0.2 --lr 5e-4 --wide-gap 2"
 
 $python -m data.reviews "$@"
+for half in 0 1; do $python -m data.reviews "$@" --half $half --to ${data}_half$half; done
 mkdir -p "$out"
 [ -e "$out/reviews.bpe" ] ||
     $python -m data.tokenizer train --vocab-size 4096 --out "$out/reviews.bpe" $data/sft.jsonl
-$python train_sft.py --data $data --out "$out" --seed $seed --tokenizer "$out/reviews.bpe" \
-    --block-size 96 --epochs 8 --dropout 0.2 --lr 2e-3
-$python train_rm.py --data $data --out "$out" --seed $seed --dropout 0.2 --lr 5e-4 --wide-gap 2
-$python ppo.py --data $data --out "$out" --seed $seed --max-new-tokens 48
+for seed in $seeds; do
+    dir=$out/$seed
+    mkdir -p "$dir/half0" "$dir/half1"
+    $python train_sft.py --data $data --out "$dir" --seed $seed --tokenizer "$out/reviews.bpe" $sft
+    $python train_rm.py --data $data --out "$dir" --seed $seed $rm
+    for half in 0 1; do
+        cp "$dir/sft.pt" "$dir/half$half"
+        $python train_rm.py --data ${data}_half$half --out "$dir/half$half" --seed $seed $rm
+    done
+    $python ppo.py --data $data --out "$dir/half0" --judge "$dir/half1/rm.pt" --seed $seed \
+        --max-new-tokens 48 --show 10
+done
+$python runs/reviews_table.py "$out"/?

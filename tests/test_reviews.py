@@ -204,6 +204,19 @@ def test_halves_are_even_and_depend_on_the_sentence_alone():
     assert 0.45 < sum(map(reviews.half, train)) / len(train) < 0.55
 
 
+def test_half_trains_on_half_of_the_sentences_and_holds_out_the_same(archive, tmp_path):
+    whole, *halves = [tmp_path / name for name in ("all", "0", "1")]
+    assert run(archive, whole) == 0
+    for number, folder in enumerate(halves):
+        assert reviews.main(["--from", str(archive), "--to", str(folder), "--half", str(number)]) == 0
+    texts = lambda folder: {text for line in load(folder)["preferences.jsonl"] for text in line["responses"]}
+    first, second = map(texts, halves)
+    assert first and second and not first & second and first | second <= texts(whole)
+    for name in FILES:
+        if name.endswith("_val.jsonl"):
+            assert load(halves[0])[name] == load(halves[1])[name] == load(whole)[name]
+
+
 # ---- ceilings ----
 
 def sentence(*ratings):
