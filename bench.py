@@ -274,7 +274,8 @@ def bench_peers(cfg, shapes, rounds=2):
         ratios = b[0] / a[0] if what == "ppo" else a[0] / b[0], b[1] / a[1]
         results[f"{what} {name}"] = {"ours": a, "theirs": b, "ratio": ratios[0], "memory_ratio": ratios[1]}
         for i, unit in enumerate(("s" if what == "ppo" else "tokens/s", "peak bytes")):
-            print(f"{what:<9}{name:<5}{unit:<10}{a[i]:10.4g}{b[i]:10.4g}{ratios[i]:8.2f}  {bars[i]}", flush=True)
+            print(f"{what:<9}{name:<5}{unit:<10}{a[i]:10.4g}{b[i]:10.4g}{ratios[i]:8.2f}  {bars[i]}",
+                  flush=True)
     return results
 
 
