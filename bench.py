@@ -1,0 +1,330 @@
+"""How fast each part is on this machine, how close to its limit, and how much memory it takes.
+
+    python bench.py                                    # SFT, reward model, generate, PPO; under 5 minutes
+    python bench.py --shape gpt2 --json gpt2.json      # another shape; all numbers into a file as well
+    python bench.py --peers ../shared/bench --peer-python venv/bin/python    # ratios to other people's code
+    python bench.py --plan --model gpt2-xl --batch 64 --prompt 512 --response 128 --gpu-memory 80
+    python bench.py --plan --check                     # the plan's peak beside the measured one
+
+Tokens that count are the supervised ones (SFT), the real ones (reward model), the new ones (generate,
+PPO); pads never. FLOP/s, as bench_jobs.py counts them, are also given as a share of what one matrix product
+of that size reaches in the same run. Peak memory is that of the process, or of the tensors on a GPU.
+"""
+import ctypes
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import bench_plan
+import ppo
+import train_sft
+from bench_jobs import SHAPES, Shape, config_of, ending_gpt, generate_job, ppo_jobs, rm_job, sft_job
+from common import UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run
+from data.records import open_data, read_prompts, read_sft
+from data.tokenizer import train_tokenizer
+from model import GPT, GPTConfig
+from train_sft import make_optimizer, sft_batch, sft_loss
+
+
+@dataclass
+class Config:
+    shape: str = ""  # demo, 30m or gpt2; default: demo, and all of them with --peers and --check
+    json: str = ""  # file for all numbers
+    repeats: int = 5  # timed runs of each part, after one that is not; the median is reported
+    out: str = "out"  # folder where sft.pt may be: its end-of-text is the real one
+    device: str = "auto"  # "cuda", "mps", "cpu"
+    only: str = ""  # "generate" or "ppo": one line, as --peers needs it; "memory": as --check needs it
+    peers: str = ""  # folder with peer_generate.py and peer_ppo.py
+    peer_python: str = "python"  # the Python that has what they import
+    plan: bool = False  # print the memory that PPO takes, without taking it
+    check: bool = False  # with --plan: beside the measured peak, on the CPU
+    model: str = "gpt2"  # plan: gpt2, gpt2-medium, gpt2-large, gpt2-xl, 30m, demo
+    batch: int = 64  # plan: prompts in a rollout
+    prompt: int = 64  # plan: tokens of a prompt
+    response: int = 64  # plan: tokens of a response
+    batch_tokens: int = ppo.Config.batch_tokens  # plan, check: --batch-tokens of ppo.py
+    gpu_memory: float = 80.0  # plan: 10^9 bytes
+
+
+GROWTH = {"batch": (8, 32, 128), "length": (64, 128, 256, 512), "d_model": (128, 256, 512, 768)}
+# part and shape: the least ratio of speed, and of memory, that issue 4 asks for
+RATIOS = {("generate", "demo"): (2.5, ""), ("generate", "30m"): (2.5, ""), ("generate", "gpt2"): (2.0, ""),
+          ("ppo", "demo"): (2.0, ""), ("ppo", "30m"): (2.0, 2.0)}
+VERSIONS = ("import importlib.metadata as m; print('versions:', *(n + ' ' + m.version(n) for n in "
+            "('torch', 'transformers', 'trl')))")
+LINE = {"generate": r"([\d.]+) tokens/s", "ppo": r"([\d.]+) s per update"}
+
+
+def one_of(names, name, what):
+    if name not in names:
+        raise UserError(f"there is no {what} {name!r}: it is one of {', '.join(names)}")
+    return name
+
+
+# ---- clock, memory, machine ----
+
+def timed(function, device):
+    """Seconds of one call; a GPU is waited for."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        # glibc keeps what was freed: the parts measured before this one would be counted
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+        Path("/proc/self/clear_refs").write_text("5")  # 5: the peak becomes what is held now (man 5 proc)
+
+
+def memory(device, name="VmHWM"):
+    """Bytes at the peak since reset_peak (VmHWM) or now (VmRSS): of the process, or of a GPU's tensors;
+    None where it can't be known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() if name == "VmHWM" else torch.cuda.memory_allocated()
+    if sys.platform == "linux":
+        return int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def machine(device):
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return {"cpu": found[1] if found else platform.processor(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+            "python": platform.python_version(), "system": platform.system()}
+
+
+def matmul_flops(n, d_model, device):
+    """FLOP/s of (n x d_model) @ (d_model x 4 d_model), the best of 20: what the rest is measured by."""
+    a, b = torch.randn(n, d_model, device=device), torch.randn(d_model, 4 * d_model, device=device)
+    times = max(1, 10**8 // (n * 4 * d_model**2))
+    many = lambda: [a @ b for _ in range(times)]
+    return 2 * n * 4 * d_model**2 * times / min(timed(many, device) for _ in range(20))
+
+
+# ---- the parts, and how their cost grows ----
+
+def measure(job, repeats, device, matmul=math.nan):
+    job.run()
+    reset_peak(device)
+    seconds = statistics.median(timed(job.run, device) for _ in range(repeats))
+    return {"seconds": seconds, "tokens_s": job.tokens / seconds, "flops_s": job.flops / seconds,
+            "share": job.flops / seconds / matmul, "peak": memory(device)}
+
+
+def bench_parts(shape, repeats, device):
+    n = shape.batch * (shape.prompt + shape.response)
+    matmul = matmul_flops(n, shape.d_model, device)
+    print(f"matmul ({n} x {shape.d_model}) @ ({shape.d_model} x {4 * shape.d_model}): "
+          f"{matmul / 1e9:.0f} GFLOP/s, the 100% below\n\n{'':<18}{'seconds':>10}{'tokens/s':>11}"
+          f"{'GFLOP/s':>9}{'share':>8}{'peak MB':>9}")
+    results = {"matmul": {"flops_s": matmul}}
+    for jobs in (sft_job, rm_job, generate_job, ppo_jobs):
+        for name, job in jobs(shape, device).items():
+            r = results[name.strip()] = measure(job, repeats, device, matmul)
+            peak = "-" if r["peak"] is None else f"{r['peak'] / 1e6:.0f}"
+            print(f"{name:<18}{r['seconds']:10.4f}{r['tokens_s']:11.0f}{r['flops_s'] / 1e9:9.1f}"
+                  f"{r['share']:8.1%}{peak:>9}", flush=True)
+    return results
+
+
+def bench_growth(repeats, device):
+    """The SFT step and generate at 4 layers, batch 8, length 64, d_model 128, one of them growing."""
+    results = {}
+    for what, sizes in GROWTH.items():
+        print(f"\n{what:<10}" + "".join(f"{name:>18}" for name in ("SFT step", "generate")))
+        for size in sizes:
+            at = {"batch": 8, "length": 64, "d_model": 128, what: size}
+            shape = Shape(4, 4, at["d_model"], 1024, at["length"] // 4, at["length"] * 3 // 4, at["batch"])
+            jobs = sft_job(shape, device) | generate_job(shape, device)
+            row = {name: measure(job, repeats, device)["seconds"] for name, job in jobs.items()}
+            results[f"{what} {size}"] = row
+            first = results[f"{what} {sizes[0]}"]
+            print(f"{size:<10}" + "".join(f"{s * 1e3:9.1f} ms{s / first[name]:5.1f}x"
+                                          for name, s in row.items()), flush=True)
+    return results
+
+
+# ---- what ragged data and real ends of texts give ----
+
+def alternate(ours, plain, repeats, device):
+    """Seconds of both, run in turn: A B A B; the medians, and how many times faster ours is."""
+    ours(), plain()
+    pairs = [(timed(ours, device), timed(plain, device)) for _ in range(repeats)]
+    a, b = (statistics.median(side) for side in zip(*pairs))
+    return {"seconds": a, "plain_seconds": b, "ratio": b / a}
+
+
+def bench_ragged(rows, config, repeats, device):
+    """The same ragged examples [(tokens, P)] in length-sorted batches with the head where it is needed,
+    and in random batches, padded to their longest, with all logits. Ratio of supervised tokens/s."""
+    gpt = GPT(config).to(device)
+    optimizer = make_optimizer(gpt, train_sft.Config(lr=1e-5))
+    generator = torch.Generator().manual_seed(0)
+    sorted_ = batches([len(row) for row, _ in rows], train_sft.Config.batch_tokens, generator)
+    random_ = torch.randperm(len(rows), generator=generator).chunk(len(sorted_))
+
+    def plain_loss(tokens, mask):
+        targets = tokens[:, 1:].masked_fill(~mask, -100)
+        logits = gpt(tokens[:, :-1]).flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), reduction="sum"), mask.sum()
+
+    def train(plan, loss_of):
+        for index in plan:
+            loss, count = loss_of(*sft_batch([rows[i] for i in index], device))
+            (loss / count).backward()
+            clip_and_step(gpt, optimizer, 1.0, 0)
+
+    tokens = sum(len(row) - P for row, P in rows)
+    ours, plain = partial(train, sorted_, partial(sft_loss, gpt)), partial(train, random_, plain_loss)
+    r = alternate(ours, plain, repeats, device)
+    print(f"\nragged SFT: {tokens / r['seconds']:.0f} supervised tokens/s, random padded batches with all "
+          f"logits {tokens / r['plain_seconds']:.0f}: ratio {r['ratio']:.2f} (at least 1.5)")
+    return r | {"tokens": tokens}
+
+
+def bench_ends(gpt, prompts, eos, new, repeats, device, name):
+    """generate with eos, and to the full length: the texts are the same, so is their count of tokens."""
+    tokens, P = pad(prompts, device)
+    generate = lambda stop: gpt.generate(tokens, P, new, eos=stop, generator=torch.Generator(
+        device).manual_seed(0))
+    lengths = (generate(eos)[1] - P).float()
+    r = alternate(lambda: generate(eos), lambda: generate(None), repeats, device)
+    print(f"real ends ({name}; {lengths.mean():.0f} +- {lengths.std():.0f} of {new} tokens): "
+          f"{lengths.sum() / r['seconds']:.0f} tokens/s, no stop and no dropping "
+          f"{lengths.sum() / r['plain_seconds']:.0f}: ratio {r['ratio']:.2f} (at least 1.3)")
+    return r | {"model": name, "mean_length": lengths.mean().item()}
+
+
+def stories(out, device):
+    """SFT rows, vocabulary size, a GPT that ends its texts, prompts, eos, and which GPT that is."""
+    folder, _ = open_data("stories")
+    examples, path = read_sft(folder / "sft.jsonl")[:1000], Path(out) / "sft.pt"
+    if path.exists():
+        tokenizer, gpt, name = load_tokenizer(path), load(GPT, path), str(path)
+    else:
+        tokenizer = train_tokenizer((text for example in examples for text in example), 1024)
+        gpt = ending_gpt(GPTConfig(tokenizer.vocab_size, 128, *SHAPES["demo"][:3]), tokenizer.eos)
+        name = f"random weights, there is no {path}"
+    rows = train_sft.encode(examples, tokenizer, 128, "sft.jsonl")
+    prompts = [tokenizer.encode(p) for p in read_prompts(folder / "prompts_val.jsonl")[:64]]
+    return rows, tokenizer.vocab_size, gpt.to(device), prompts, tokenizer.eos, name
+
+
+# ---- beside other people's code ----
+
+def ask(command, pattern):
+    """What `pattern` finds in the output of a command, and the peak memory of its process in bytes."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryDirectory() as folder:
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
+        _, child.returncode, usage = os.wait4(child.pid, 0)  # the usage of this child alone
+        out.seek(0)
+        text = out.read()
+    found = re.search(pattern, text)
+    if child.returncode or not found:
+        raise UserError(f"{' '.join(command)} failed: {(text.strip().splitlines() or ['no word'])[-1]}")
+    return found[1], usage.ru_maxrss * (1024 if sys.platform == "linux" else 1)
+
+
+def find_peers(cfg):
+    """The other Python and the folder of the two scripts, as absolute paths."""
+    python, folder = shutil.which(cfg.peer_python), Path(cfg.peers).absolute()
+    for name in ("peer_generate.py", "peer_ppo.py"):
+        if not (folder / name).exists():
+            raise UserError(f"--peers {cfg.peers}: there is no {name} in it")
+    if not python:
+        raise UserError(f"--peer-python {cfg.peer_python}: there is no such program")
+    return os.path.abspath(python), folder
+
+
+def bench_peers(cfg, shapes, rounds=2):
+    """Ours and theirs in turn, A B A B, each in a process of its own; a ratio above 1 is in our favour."""
+    python, folder = find_peers(cfg)
+    results = {"versions": ask([python, "-c", VERSIONS], "versions: (.+)")[0]}
+    print(f"theirs: {results['versions']}\n{'':<24}{'ours':>10}{'theirs':>10}{'ratio':>8}  at least")
+    for (what, name), bars in RATIOS.items():
+        if name not in shapes:
+            continue
+        ours = [sys.executable, os.path.abspath(__file__), "--only", what, "--shape", name,
+                "--repeats", str(cfg.repeats), "--device", "cpu"]  # the peers run there
+        size = [*map(str, shapes[name])] + (["4", "1", str(cfg.repeats + 1)] if what == "ppo" else [])
+        theirs = [python, str(folder / f"peer_{what}.py"), *size]
+        runs = [ask(side, LINE[what]) for _ in range(rounds) for side in (ours, theirs)]
+        a, b = ([statistics.median(map(float, x)) for x in zip(*runs[i::2])] for i in (0, 1))
+        ratios = b[0] / a[0] if what == "ppo" else a[0] / b[0], b[1] / a[1]
+        results[f"{what} {name}"] = {"ours": a, "theirs": b, "ratio": ratios[0], "memory_ratio": ratios[1]}
+        for i, unit in enumerate(("s" if what == "ppo" else "tokens/s", "peak bytes")):
+            print(f"{what:<9}{name:<5}{unit:<10}{a[i]:10.4g}{b[i]:10.4g}{ratios[i]:8.2f}  {bars[i]}",
+                  flush=True)
+    return results
+
+
+def print_one(what, shape, cfg, device):
+    """The line that --peers or --check reads from a process that does nothing else."""
+    if what == "generate":
+        r = measure(generate_job(shape, device)["generate"], cfg.repeats, device)
+        print(f"onetrunk generate: {r['tokens_s']:.1f} tokens/s")
+    elif what == "ppo":  # peer_ppo.py has prompts of full length
+        r = measure(ppo_jobs(shape, device, ragged=False)["PPO update"], cfg.repeats, device)
+        print(f"onetrunk PPO: {r['seconds']:.4f} s per update")
+    else:
+        ppo_jobs(Shape(2, 2, 32, 64, 8, 8, 4), device)["PPO update"].run()  # loads what torch loads late
+        reset_peak(device)
+        before = memory(device, "VmRSS")
+        update = ppo_jobs(shape, device, False, cfg.batch_tokens)["PPO update"]
+        update.run(), update.run()  # in the second one AdamW has its states
+        print(f"{memory(device) - before} bytes")
+
+
+def bench_all(shape, cfg, device):
+    results = {"parts": bench_parts(shape, cfg.repeats, device), "growth": bench_growth(cfg.repeats, device)}
+    rows, V, gpt, prompts, eos, name = stories(cfg.out, device)
+    config = GPTConfig(V, 128, *SHAPES["demo"][:3])
+    results["ragged"] = bench_ragged(rows, config, cfg.repeats, device)
+    results["ends"] = bench_ends(gpt, prompts, eos, 128 - max(map(len, prompts)), cfg.repeats, device, name)
+    return results
+
+
+def main(cfg):
+    torch.manual_seed(0)
+    device = pick_device(cfg.device)
+    shapes = {one_of(SHAPES, cfg.shape, "shape"): SHAPES[cfg.shape]} if cfg.shape else SHAPES
+    shape = SHAPES[cfg.shape or "demo"]
+    if cfg.only:
+        return print_one(one_of(("generate", "ppo", "memory"), cfg.only, "part"), shape, cfg, device)
+    about = machine(device)
+    print(", ".join(f"{name} {x}" for name, x in about.items() if x))
+    if cfg.plan and cfg.check:
+        results = bench_plan.check(shapes, config_of, cfg.batch_tokens)
+    elif cfg.plan:
+        config = bench_plan.MODELS[one_of(bench_plan.MODELS, cfg.model, "model")]
+        results = bench_plan.show(config, cfg.model, cfg.batch, cfg.prompt, cfg.response, cfg.batch_tokens,
+                                  cfg.gpu_memory)
+    else:
+        results = bench_peers(cfg, shapes) if cfg.peers else bench_all(shape, cfg, device)
+    if cfg.json:
+        Path(cfg.json).write_text(json.dumps({"machine": about, "config": asdict(cfg)} | results, indent=1))
+
+
+if __name__ == "__main__":
+    run(main, Config)
