@@ -104,7 +104,7 @@ def sft_job(shape, device):
 def rm_job(shape, device):
     rm = RewardModel(Trunk(config_of(shape))).to(device)
     rows = [row for row, _ in random_rows(shape)][: shape.batch // 2 * 2]
-    optimizer = torch.optim.AdamW(rm.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(rm.parameters(), lr=1e-5, fused=True)
 
     def step():
         loss, _ = ranking_loss(rm.score(*pad(rows, device)), [[0, 1]] * (len(rows) // 2))
@@ -138,7 +138,7 @@ def ppo_jobs(shape, device, ragged=True, batch_tokens=ppo.Config.batch_tokens):
     prompts, still = [row[:P] for row, P in random_rows(shape, ragged)], Still().to(device)
     # update_kl: no early end of the epochs, so the work is always the same
     cfg = ppo.Config(max_new_tokens=shape.response, update_kl=math.inf, batch_tokens=batch_tokens)
-    adam = {model: torch.optim.AdamW(model.parameters(), lr=1e-5, eps=1e-5, weight_decay=0.0)
+    adam = {model: torch.optim.AdamW(model.parameters(), lr=1e-5, eps=1e-5, weight_decay=0.0, fused=True)
             for model in (policy, critic, still)}
     order, eos = torch.Generator().manual_seed(0), shape.vocab_size  # an eos that no token is
     roll = lambda: ppo.rollout(policy, prompts, eos, cfg, None)

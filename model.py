@@ -41,13 +41,13 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens read so far. Each row has its own length and its own next place.
 
-    `k` and `v` are (L,B,S,H,D) for L layers and room for S tokens. Rows of unequal length need no
+    `k` and `v` are (L,B,H,S,D) for L layers and room for S tokens. Rows of unequal length need no
     left padding: a row writes at its own position and looks at the positions up to its own.
     """
 
     def __init__(self, trunk, B, S):
         config, weight = trunk.config, trunk.wte.weight
-        shape = (config.n_layer, B, S, config.n_head, config.d_model // config.n_head)
+        shape = (config.n_layer, B, config.n_head, S, config.d_model // config.n_head)
         # zeros, not empty: a masked place has weight 0, and 0 * NaN would be NaN
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
         self.length = torch.zeros(B, dtype=torch.long, device=weight.device)
@@ -58,15 +58,15 @@ class KVCache:
         positions = self.length[:, None] + torch.arange(T, device=self.length.device)
         self.length, self.filled = self.length + T, self.filled + T
         seen = torch.arange(self.filled, device=self.length.device)
-        self.visible = seen <= positions[:, None, :, None]  # (B,1,T,filled)
+        self.hidden = seen > positions[:, None, :, None]  # (B,1,T,filled)
         return positions
 
     def write(self, layer, positions, k, v):
-        """Store k and v (B,T,H,D) at `positions` (B,T); returns all of that layer so far."""
+        """Store k and v (B,H,T,D) at `positions` (B,T); returns all of that layer so far."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.k[layer][rows, positions] = k
-        self.v[layer][rows, positions] = v
-        return self.k[layer][:, : self.filled], self.v[layer][:, : self.filled]
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer][:, :, : self.filled], self.v[layer][:, :, : self.filled]
 
     def keep(self, rows):
         """Forget all rows but `rows`, a boolean mask (B,)."""
@@ -82,15 +82,16 @@ class Attention(nn.Module):
 
     def forward(self, x, positions, cache=None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # 3 x (B,T,H,D)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B,H,T,D)
         if cache is not None:
-            k, v = cache.write(self.layer, positions, k, v)  # (B,S,H,D), S tokens so far
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-            attn_mask=None if cache is None else cache.visible,
-            is_causal=cache is None,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # (B,H,T,D)
+            k, v = cache.write(self.layer, positions, k, v)  # (B,H,S,D), S tokens so far
+        if k.shape[2] == T:  # nothing came before: plain causal attention
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                               dropout_p=self.dropout if self.training else 0.0)
+        else:  # by hand: for one token a row this takes 2/3 of the time of the fused function
+            weights = q @ k.transpose(2, 3) / math.sqrt(C // self.n_head)
+            y = weights.masked_fill(cache.hidden, -torch.inf).softmax(-1) @ v  # (B,H,T,D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -162,6 +163,14 @@ class Trunk(nn.Module):
         return self.ln_f(x)
 
 
+class Head(nn.Linear):
+    """The vocabulary head: an nn.Linear without a bias."""
+
+    def forward(self, h, few=False):
+        # turned round, a few rows are 25 to 40% faster on a CPU: 16 rows by 50257 columns, 2 cores
+        return (self.weight @ h.T).T if few else F.linear(h, self.weight)
+
+
 class GPT(nn.Module):
     """Trunk plus an explicit vocabulary head, d_model x vocab_size, tied to the token embedding."""
 
@@ -169,7 +178,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Head(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.trunk.wte.weight  # tied: Press & Wolf 2017
 
     def forward(self, tokens):
@@ -218,7 +227,7 @@ class GPT(nn.Module):
         lengths = lengths.clone()
         done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         for step in range(max_new_tokens):
-            token = sample(self.lm_head(h), uniform[rows, step], temperature, top_k, top_p)
+            token = sample(self.lm_head(h, few=True), uniform[rows, step], temperature, top_k, top_p)
             tokens[rows, lengths[rows]] = token.masked_fill(done, 0)
             lengths[rows] += ~done
             if eos is not None:

@@ -442,7 +442,7 @@ def main(cfg):
         ptx_index = cycle(len(rows), cfg.batch, order)
         ptx = lambda: sft_batch([rows[i] for i in next(ptx_index)], device)
 
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
                   for model, lr in ((policy, cfg.lr), (critic, cfg.critic_lr))]
     factor = lambda u: min(1, (u + 1) / 5) * (1 - u / cfg.updates)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]

@@ -227,7 +227,8 @@ def main(cfg):
     groups = encode(train, tokenizer, room, "preferences.jsonl")
     sizes = [sum(map(len, group.rows)) for group in groups]
 
-    optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
     steps = max(1, round(cfg.epochs * len(batches(sizes, cfg.batch_tokens))))
     log = Log(out / "rm.jsonl", cfg, steps)
     count = sum(len(group.rows) for group in groups)

@@ -179,7 +179,7 @@ def test_M7_sampled_batch_equals_one_by_one(tiny, kept, how):
 def test_generate_stops_at_the_first_new_eos_only(tiny, monkeypatch):
     """An eos in the prompt ends nothing; the new one is counted, and what follows it is 0."""
     gpt = tiny()
-    monkeypatch.setattr(gpt.lm_head, "forward", lambda h: torch.nn.functional.one_hot(script.pop(0), 17) * 50.0)
+    monkeypatch.setattr(gpt.lm_head, "forward", lambda h, few: torch.nn.functional.one_hot(script.pop(0), 17) * 50.0)
     script = [torch.tensor([5, 6, 5]), torch.tensor([6, 5]), torch.tensor([2])]  # rows that are done are dropped
     tokens, lengths = gpt.generate(*padded([[6, 6], [6], [1, 2]]), 3, eos=6)
     assert lengths.tolist() == [4, 2, 5]
@@ -191,7 +191,7 @@ def test_generate_stops_altogether_when_all_rows_have(tiny, monkeypatch):
     gpt = tiny()
     steps = []
     monkeypatch.setattr(gpt.lm_head, "forward",
-                        lambda h: steps.append(1) or torch.nn.functional.one_hot(torch.full((len(h),), 6), 17) * 50.0)
+                        lambda h, few: steps.append(1) or torch.nn.functional.one_hot(torch.full((len(h),), 6), 17) * 50.0)
     tokens, lengths = gpt.generate(*padded([[1, 2], [3]]), 20, eos=6)
     assert len(steps) == 1 and tokens.tolist() == [[1, 2, 6], [3, 6, 0]] and lengths.tolist() == [3, 2]
 
