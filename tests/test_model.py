@@ -360,6 +360,19 @@ def test_real_sizes():
     assert n_params(rm) == n_params(rm.trunk) + 769
 
 
+def test_how_weights_start():
+    """0.02 at GPT-2's width, wider for narrower nets; the ends of the 2L residual branches smaller; biases 0, norms 1."""
+    torch.manual_seed(0)
+    for C, L, std in ((768, 1, 0.02), (192, 2, 0.04)):
+        trunk = model.Trunk(GPTConfig(vocab_size=500, block_size=300, n_layer=L, n_head=2, d_model=C))
+        for name, p in trunk.named_parameters():
+            if p.dim() > 1:
+                want = std / math.sqrt(2 * L) if ".proj." in name else std
+                assert p.std().item() == pytest.approx(want, rel=0.03) and abs(p.mean().item()) < std / 50, name
+            else:
+                assert (p == (1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0)).all(), name
+
+
 def test_R9_head_init():
     rm = RewardModel(model.Trunk(GPTConfig(vocab_size=1, block_size=1, n_layer=0, n_head=1, d_model=4096)))
     assert rm.reward_head.weight.std().item() == pytest.approx(1 / math.sqrt(4097), rel=0.05)
