@@ -603,6 +603,7 @@ def test_P28_a_large_kl_throws_the_gradients_away(shift):
     stats = improve(policy, critic, adam(policy, critic), far, cfg, 1, gen(0))
     assert stats["update_kl"] == pytest.approx(math.expm1(-shift) + shift, abs=1e-4)
     assert unchanged(policy, saved[0]) and unchanged(critic, saved[1]) and not grads(policy, critic)
+    assert stats["grad_norm"] == 0  # no step was taken
     near = {**batch, "logp": batch["logp"] + shift / 2}  # k3 about .045 < 1.5 x .05
     improve(policy, critic, adam(policy, critic), near, Config(epochs=1), 1, gen(0))
     assert not unchanged(policy, saved[0])
