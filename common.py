@@ -5,10 +5,11 @@ import inspect
 import json
 import math
 import os
-import pickle
+import pickletools
 import re
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -16,6 +17,10 @@ import torch
 from data.records import UserError
 from data.tokenizer import from_spec
 from model import GPT, GPTConfig, RewardModel, Trunk
+
+# every class and function that a checkpoint names; torch's own list has some that eat memory
+NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
+         "torch DoubleStorage", "torch HalfStorage", "torch BFloat16Storage"}
 
 
 def run(main, Config):
@@ -137,18 +142,32 @@ def load(kind, path, dropout=0.0):
     if data["kind"] != kind.__name__:
         raise UserError(f"{path} holds a {data['kind']}, and a {kind.__name__} is needed here")
     try:
-        config = GPTConfig(**{**data["config"], "dropout": dropout})
-        model = GPT(config) if kind is GPT else RewardModel(Trunk(config), data["pool"])
+        fields, types = {**data["config"], "dropout": float(dropout)}, GPTConfig.__annotations__
+        if not all(type(x) is types.get(name) and 0 <= x < 2**31 for name, x in fields.items()
+                   if types.get(name) is not str) or fields.get("n_layer", 1) > len(data["weights"]):
+            raise ValueError("its config is unknown here, or impossible")
+        config = GPTConfig(**fields)
+        build = lambda: GPT(config) if kind is GPT else RewardModel(Trunk(config), data["pool"])
+        with torch.device("meta"):  # names and sizes are compared before anything is allocated
+            build().load_state_dict(data["weights"], assign=True)
+        model = build()
         model.load_state_dict(data["weights"])
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         why = str(error).splitlines()[:2][-1].strip()
-        raise UserError(f"{path}: the weights do not fit this model.py ({why})") from None
+        raise UserError(f"{path}: the weights do not fit this model.py ({why:.300})") from None
+    for name, x in model.state_dict().items():
+        if not torch.isfinite(x).all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
     return model.eval()
 
 
 def load_tokenizer(path):
     """The tokenizer that a checkpoint was trained with."""
-    return from_spec(_read(path)["tokenizer"])
+    spec = _read(path)["tokenizer"]
+    try:
+        return from_spec(spec)
+    except UserError as error:
+        raise UserError(f"{path}: its tokenizer: {' '.join(str(error).split())[-300:]}") from None
 
 
 def _read(path):
@@ -156,15 +175,25 @@ def _read(path):
     if not Path(path).exists():
         raise UserError(f"{path} is missing" + (f": `python {maker}` makes it" if maker else ""))
     try:
-        data = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # never runs code
-        if not {"kind", "config", "tokenizer", "pool", "weights"} <= data.keys():
+        with zipfile.ZipFile(path) as file:
+            size, entries = os.path.getsize(path), file.infolist()
+            # torch.save never packs: what unpacks to more than the file is there to fill the memory
+            fine = sum(entry.file_size for entry in entries) <= size and NAMED >= {
+                arg for entry in entries if entry.filename.endswith(".pkl")
+                for op, arg, _ in pickletools.genops(file.read(entry)) if op.name == "GLOBAL"}
+        data = fine and torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # runs no code
+        weights = data["weights"] = dict(data["weights"])
+        # twice, for the head shares the embedding's numbers; strides of 0 could feign any size
+        if not (data["kind"] in ("GPT", "RewardModel") and data["pool"] in (None, *RewardModel.POOLS)
+                and {"config", "tokenizer"} <= data.keys()
+                and all(type(name) is str and x.is_floating_point() for name, x in weights.items())
+                and sum(x.nbytes for x in weights.values()) <= 2 * size):
             raise ValueError
         return data
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"{path} can't be read: {error.strerror}")
-    except (pickle.UnpicklingError, RuntimeError, LookupError, ValueError, EOFError, AttributeError,
-            OSError):
-        raise UserError(f"{path} is no checkpoint of onetrunk, or is damaged")
+    except Exception:  # a damaged pickle can raise anything
+        raise UserError(f"{path} is no checkpoint of onetrunk, or is damaged") from None
 
 
 class Log:

@@ -81,9 +81,11 @@ def _read(path, parse, skip_bad):
 
 
 def json_object(line):
-    """A line's bytes -> dict. Raises UserError: not UTF-8, not JSON, not an object."""
+    """A line's bytes -> dict. Raises UserError: not UTF-8, not JSON, not an object, a name stands twice."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 at byte {error.start}")
     except RecursionError:
@@ -92,6 +94,16 @@ def json_object(line):
         raise UserError(f"not JSON: {getattr(error, 'msg', 'a number too long')}")
     if not isinstance(row, dict):
         raise UserError("not a JSON object {...}")
+    return row
+
+
+def _once(pairs):
+    """An object of the JSON; of a name that stands twice one value would be lost silently."""
+    row = {}
+    for name, value in pairs:
+        if name in row:
+            raise UserError(f"{name!r:.40} stands twice in one object")
+        row[name] = value
     return row
 
 

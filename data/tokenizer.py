@@ -78,11 +78,16 @@ def get_tokenizer(name):
 
 
 def from_spec(spec):
-    """The tokenizer whose `spec()` this is. UserError: as get_tokenizer."""
+    """The tokenizer whose `spec()` this is. UserError: as get_tokenizer, or it is no spec at all."""
+    if not isinstance(spec, dict) or not all(isinstance(spec.get(key, ""), str) for key in ("name", "bpe")):
+        raise UserError("not the description of a tokenizer")
     if "bpe" not in spec:
+        if spec.get("name") not in ("gpt2", "bytes"):  # a checkpoint must not name a file to be read
+            raise UserError("neither gpt2 nor bytes, and no BPE with it")
         return get_tokenizer(spec["name"])
-    ranks = _parse(spec["bpe"], spec["name"])
-    return _from_ranks(spec["name"], ranks, _dump(ranks))
+    name = spec.get("name", "bpe")
+    ranks = _parse(spec["bpe"], name)
+    return _from_ranks(name, ranks, _dump(ranks))
 
 
 def _from_ranks(name, ranks, bpe=None):

@@ -176,6 +176,18 @@ def test_M7_sampled_batch_equals_one_by_one(tiny, kept, how):
         assert kept and len({len(row) for row in rows}) > 1
 
 
+def test_by_default_the_model_itself_is_sampled(tiny, rng):
+    """generate, sample and logps at temperature 1 with no filter and no eos, to the last digit."""
+    gpt, logits, uniform = tiny(), torch.randn(2000, 17, generator=rng), torch.rand(2000, generator=rng)
+    batch = padded(PROMPTS * 20)
+    default, plain = (gpt.generate(*batch, 20, generator=torch.Generator().manual_seed(1), **how)
+                      for how in ({}, {"temperature": 1.0, "top_k": None, "top_p": None, "eos": None}))
+    assert torch.equal(default[0], plain[0]) and (default[1] == batch[1] + 20).all()
+    assert torch.equal(sample(logits, uniform), sample(logits, uniform, 1.0, None, None))
+    h, targets = torch.randn(9, 32, generator=rng), random_tokens(rng, 9)
+    assert torch.equal(gpt.logps(h, targets), gpt.logps(h, targets, 1.0))
+
+
 def test_generate_stops_at_the_first_new_eos_only(tiny, monkeypatch):
     """An eos in the prompt ends nothing; the new one is counted, and what follows it is 0."""
     gpt = tiny()
@@ -346,6 +358,19 @@ def test_real_sizes():
         assert gpt.trunk(tokens).shape == rm.trunk(tokens).shape == (1, 5, 768)
         assert gpt(tokens).shape == (1, 5, 50257) and rm(tokens).shape == (1, 5)
     assert n_params(rm) == n_params(rm.trunk) + 769
+
+
+def test_how_weights_start():
+    """0.02 at GPT-2's width, wider for narrower nets; the ends of the 2L residual branches smaller; biases 0, norms 1."""
+    torch.manual_seed(0)
+    for C, L, std in ((768, 1, 0.02), (192, 2, 0.04)):
+        trunk = model.Trunk(GPTConfig(vocab_size=500, block_size=300, n_layer=L, n_head=2, d_model=C))
+        for name, p in trunk.named_parameters():
+            if p.dim() > 1:
+                want = std / math.sqrt(2 * L) if ".proj." in name else std
+                assert p.std().item() == pytest.approx(want, rel=0.03) and abs(p.mean().item()) < std / 50, name
+            else:
+                assert (p == (1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0)).all(), name
 
 
 def test_R9_head_init():

@@ -147,6 +147,17 @@ def test_R28_K2_policy_reference_critic_and_reward_share_nothing(made, tmp_path,
     assert not any(p.requires_grad for p in ref.parameters())
 
 
+def test_B12_every_update_starts_from_its_own_log_probs(run, monkeypatch):
+    """In main the first pass of each update has ratio 1, the later ones have not: no rollout is used twice."""
+    seen, shipped = [], ppo.minibatch_backward
+    monkeypatch.setattr(ppo, "minibatch_backward", lambda *args: seen.append(shipped(*args)) or seen[-1])
+    run(updates=3, minibatches=1, epochs=2, update_kl=1e9, lr=1e-3)
+    assert len(seen) == 6
+    for first, second in zip(seen[::2], seen[1::2]):
+        assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["update_kl"] < 1e-10 and first["clipped"] == 0
+        assert second["update_kl"] > 1e-9
+
+
 def test_P25_P24_learning_rates_and_adam(run, monkeypatch):
     seen, shipped = [], ppo.clip_and_step
     monkeypatch.setattr(ppo, "clip_and_step", lambda model, optimizer, *rest: seen.append(

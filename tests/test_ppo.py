@@ -434,6 +434,32 @@ def test_K5_sum_of_k1_is_the_sequence_kl_with_the_eos_counted():
     assert kl == pytest.approx(.3959272328, abs=1e-6)
 
 
+def test_B2_K7_expected_gradient_is_that_of_the_objective():
+    """The 15 sequences again: the surrogate, each weighted with its probability, has the gradient of E[score] - kl_coef KL.
+
+    So k1 in the reward is the gradient of KL(policy, reference), and a score moves the choices before it.
+    """
+    every = [s for n in range(4) for s in itertools.product(range(3), repeat=n) if 2 not in s[:-1]]
+    prefixes = sorted(s for s in every if len(s) < 3 and 2 not in s)
+    policy, ref = (Table(normal(7, 3, seed=s), prefixes) for s in (1, 2))
+    tokens, lengths = pad([[0, *s] for s in every if s not in prefixes])
+    P, score, kl_coef = torch.ones_like(lengths), normal(15, seed=3), 0.7
+    batch = {"tokens": tokens, "lengths": lengths, "P": P, "mask": response_mask(lengths, P, 4), "ended": torch.ones(15, dtype=torch.bool)}
+    batch = plain(assess(batch, policy, ref, Constant(), lambda *_: score, Config(batch_tokens=10**6)))
+    reward = plain(advantages(batch, kl_coef, 1.0))["reward"]
+    adv, _ = gae(reward, torch.zeros_like(reward), batch["mask"], 1.0, 1.0)
+    logp = token_logps(policy, tokens, 1.0, batch["mask"])
+    weight = batch["logp"].sum(1).exp()[:, None] * batch["mask"].sum()
+    policy_loss(logp, batch["logp"], adv * weight, batch["mask"], .2)[0].backward()
+    shipped, policy.logits.grad = policy.logits.grad, None
+    p = policy.logits.log_softmax(-1), ref.logits.detach().log_softmax(-1)
+    log_p, log_ref = (torch.stack([sum(table[prefixes.index(s[:t]), s[t]] for t in range(len(s)))
+                                   for s in every if s not in prefixes]) for table in p)
+    (log_p.exp() * (score - kl_coef * (log_p - log_ref))).sum().backward()
+    close(-shipped, policy.logits.grad, 1e-6)
+    assert shipped.abs().max() > 0.01
+
+
 # ---- improve ----
 
 def test_P9_first_pass_has_ratio_exactly_one(monkeypatch):
@@ -577,6 +603,7 @@ def test_P28_a_large_kl_throws_the_gradients_away(shift):
     stats = improve(policy, critic, adam(policy, critic), far, cfg, 1, gen(0))
     assert stats["update_kl"] == pytest.approx(math.expm1(-shift) + shift, abs=1e-4)
     assert unchanged(policy, saved[0]) and unchanged(critic, saved[1]) and not grads(policy, critic)
+    assert stats["grad_norm"] == 0  # no step was taken
     near = {**batch, "logp": batch["logp"] + shift / 2}  # k3 about .045 < 1.5 x .05
     improve(policy, critic, adam(policy, critic), near, Config(epochs=1), 1, gen(0))
     assert not unchanged(policy, saved[0])

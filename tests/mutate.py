@@ -1,0 +1,193 @@
+"""Does the suite notice bugs? One is planted at a time, in a copy of the project, and the tests are run on it.
+
+    python tests/mutate.py --sample 20 --seed 1         # 20 of all bugs; one that no test sees "survives"
+    python tests/mutate.py --file ppo.py --jobs 4       # every bug of one file
+    python tests/mutate.py --count                      # how many there are
+
+The tests of the file run first and up to the first failure, then the others; a hang is a failure, too.
+Not touched: docstrings, defaults of the Configs, main, and what only prints (SKIP): wrong text or a wrong
+default is nothing that a test could know better. Survivors known to be harmless are in HARMLESS.
+"""
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {"model.py": ["test_model.py", "test_rm.py"], "train_rm.py": ["test_rm.py"],
+         "ppo.py": ["test_ppo.py"], "train_sft.py": ["test_sft.py"]}
+ONLY = {"train_sft.py": {"sft_batch", "sft_loss"}}  # the rest of that file is data and its loop
+SKIP = {"main", "Config", "GPTConfig", "report", "by_margin", "describe", "print_table", "show_sample", "print"}
+HARMLESS = {  # "the line of the file: before -> after" of a bug that changes no behaviour: why
+    "std = 0.02 * math.sqrt(768 / self.config.d_model): 768 -> 767": "random numbers 0.07% smaller",
+    "std = 0.02 * math.sqrt(768 / self.config.d_model): 768 -> 769": "random numbers 0.07% larger",
+}
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+         ast.Pow: ast.Mult, ast.Mod: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+         ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+         ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+         ast.And: ast.Or, ast.Or: ast.And}
+NAMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum", "cummax": "cummin",
+         "expm1": "exp", "ones_like": "zeros_like", "zeros_like": "ones_like", "rsqrt": "sqrt",
+         "softmax": "log_softmax", "logsigmoid": "sigmoid", "cumsum": "cumprod", "sum": "mean", "mean": "sum"}
+GRADIENT = {"no_grad", "inference_mode"}
+
+
+def mutants_of(node):
+    """(what is done, the changed node) for every bug that can be planted at this very node."""
+    def changed(**fields):
+        new = copy.copy(node)
+        for name, value in fields.items():
+            setattr(new, name, value)
+        return new
+
+    if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
+        yield changed(op=SWAPS[type(node.op)]())
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)) and not isinstance(node.left, ast.Constant):
+        yield node.left  # one side is left out
+    if isinstance(node, ast.AugAssign) and type(node.op) in SWAPS:
+        yield changed(op=SWAPS[type(node.op)]())
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        yield changed(ops=[SWAPS[type(node.ops[0])]()])
+        if isinstance(node.ops[0], (ast.Lt, ast.Gt, ast.LtE, ast.GtE)):  # the other way round
+            yield changed(left=node.comparators[0], comparators=[node.left])
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
+        yield node.operand
+    if isinstance(node, ast.Constant) and type(node.value) in (bool, int, float):
+        x = node.value
+        for value in ([not x] if type(x) is bool else [x + 1, x - 1] if type(x) is int else [x * 1.1 or 0.1, x * 0.9 or -0.1]):
+            yield ast.Constant(value)
+    if isinstance(node, ast.Slice):  # off by one
+        for side in ("lower", "upper"):
+            if getattr(node, side) is not None:
+                yield changed(**{side: ast.BinOp(getattr(node, side), ast.Add(), ast.Constant(1))})
+                yield changed(**{side: None})
+    if isinstance(node, ast.Attribute) and node.attr in NAMES:
+        yield changed(attr=NAMES[node.attr])
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if isinstance(node.func, ast.Name) and name in NAMES:
+            yield changed(func=ast.Name(NAMES[name], ast.Load()))
+        if name == "where":  # the mask is dropped
+            yield node.args[1]
+        if name in ("clone", "float", "clamp", "detach", "exp", "requires_grad_", "abs", "masked_fill", "masked_scatter",
+                    "deepcopy", "reversed") and isinstance(node.func, ast.Attribute if name != "reversed" else ast.Name):
+            yield node.args[0] if name in ("deepcopy", "reversed") else node.func.value
+        for i, argument in enumerate(node.args):  # a mask of ones
+            if isinstance(argument, ast.Name) and argument.id == "mask" and name != "where":
+                ones = ast.parse("torch.ones_like(mask)", mode="eval").body
+                yield changed(args=[*node.args[:i], ones, *node.args[i + 1 :]])
+    if isinstance(node, ast.IfExp):
+        yield node.body
+        yield node.orelse
+    if isinstance(node, ast.FunctionDef):
+        for i, decorator in enumerate(node.decorator_list):
+            if any(name in ast.unparse(decorator) for name in GRADIENT):
+                yield changed(decorator_list=node.decorator_list[:i] + node.decorator_list[i + 1 :])
+    if isinstance(node, ast.With) and any(name in ast.unparse(node.items[0]) for name in GRADIENT):
+        yield ast.If(ast.Constant(True), node.body, [])
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):  # a statement is left out
+        yield ast.Pass()
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Subscript, ast.Attribute)):
+        yield ast.Pass()
+
+
+def visit(node):
+    """Every place at which a bug can be planted: (parent, field, index or None, node)."""
+    for field, value in ast.iter_fields(node):
+        for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            name = getattr(child, "name", "") or getattr(getattr(getattr(child, "value", child), "func", child), "id", "")
+            if not isinstance(child, ast.AST) or name in SKIP or isinstance(child, (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)):
+                continue
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                continue  # a docstring
+            if isinstance(child, ast.If) and all(isinstance(x, ast.Expr) and "print(" in ast.unparse(x) for x in child.body):
+                continue
+            yield node, field, i, child
+            yield from visit(child)
+
+
+def mutants(file):
+    """[(place, what, file, source)] of all bugs in a file."""
+    lines, found = (ROOT / file).read_text().split("\n"), []
+    tree = ast.parse("\n".join(lines))
+    tops = [node for node in tree.body if file not in ONLY or getattr(node, "name", "") in ONLY[file]]
+    for parent, field, i, node in visit(ast.Module([n for n in tops if "__name__" not in ast.unparse(n)], [])):
+        holder, key = (parent, field) if i is None else (getattr(parent, field), i)
+        if isinstance(parent, ast.Module):
+            holder, key = tree.body, tree.body.index(node)
+        put = (lambda x: setattr(holder, key, x)) if i is None else (lambda x: holder.__setitem__(key, x))
+        for new in list(mutants_of(node)):
+            before = ast.unparse(node).split("\n")[0 if not isinstance(node, ast.FunctionDef) else -1]
+            put(ast.fix_missing_locations(ast.copy_location(new, node)))
+            text = ast.unparse(tree)
+            put(node)
+            after = "decorator removed: " + node.name if isinstance(node, ast.FunctionDef) else ast.unparse(new).split("\n")[0]
+            if text != ast.unparse(tree):
+                number = getattr(node, "lineno", getattr(parent, "lineno", 0))
+                found.append((f"{file}:{number}", f"{lines[number - 1].strip()}: {before} -> {after}", file, text))
+    return found
+
+
+def run(mutant, limit, fast):
+    """"caught by ..." or "survived"."""
+    *_, file, source = mutant
+    with tempfile.TemporaryDirectory() as folder:
+        copy_to = Path(folder) / "project"
+        shutil.copytree(ROOT, copy_to, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", "runs", ".pytest_cache"))
+        (copy_to / file).write_text(source)
+        first = [f"tests/{name}" for name in FILES[file]]
+        rest = [f"--ignore={name}" for name in first] + ["--ignore=tests/mutate.py", "tests"]
+        for tests in (first,) if fast else (first, rest):
+            process = subprocess.Popen([sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests],
+                                       cwd=copy_to, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+            try:
+                out = process.communicate(timeout=limit)[0]
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.communicate()
+                return f"caught: no end after {limit} s"
+            if process.returncode:
+                named = [line for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))] or ["the import"]
+                return "caught by " + named[0].split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ")
+    return "survived"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", choices=FILES, help="only this one")
+    parser.add_argument("--sample", type=int, default=0, help="so many at random instead of all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--jobs", type=int, default=1, help="so many at a time")
+    parser.add_argument("--limit", type=int, default=600, help="seconds for the tests of one bug, twice")
+    parser.add_argument("--fast", action="store_true", help="only the tests of the file itself")
+    parser.add_argument("--count", action="store_true", help="only tell how many there are")
+    args = parser.parse_args()
+    every = [m for file in ([args.file] if args.file else FILES) for m in mutants(file)]
+    planted = [m for m in every if m[1] not in HARMLESS]
+    for file in FILES:
+        print(f"{file}: {sum(m[2] == file for m in every)} bugs", flush=True)
+    if args.count:
+        return
+    if args.sample:
+        planted = random.Random(args.seed).sample(planted, min(args.sample, len(planted)))
+    start, alive = time.time(), []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutant, end in zip(planted, pool.map(lambda m: run(m, args.limit, args.fast), planted)):
+            print(f"{mutant[0]}  {mutant[1]}  {end}", flush=True)
+            alive += [mutant] if end == "survived" else []
+    print(f"\n{len(planted) - len(alive)} of {len(planted)} caught in {time.time() - start:.0f} s")
+    for mutant in alive:
+        print(f"survived  {mutant[0]}  {mutant[1]}")
+
+
+if __name__ == "__main__":
+    main()
