@@ -2,13 +2,16 @@
 import argparse
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
 import pickle
 import re
+import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -32,6 +35,8 @@ def run(main, Config):
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help, **how)
     try:
         main(Config(**vars(parser.parse_args())))
+    except KeyboardInterrupt:  # before the first step or, pressed again, before the last one is saved
+        sys.exit(130)
     except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
@@ -79,6 +84,13 @@ def batches(lengths, budget, generator=None):
     return made
 
 
+def shuffled(lengths, budget, generator, done, steps):
+    """(step, batch) for the steps done+1 to `steps`, each epoch shuffled anew; those before are skipped."""
+    epochs = (batches(lengths, budget, generator) for _ in itertools.count())
+    made = itertools.chain.from_iterable(epochs)
+    return enumerate(itertools.islice(made, done, steps), done + 1)
+
+
 def set_lr(optimizer, lr, step, steps, warmup, floor):
     """Linear warm-up over `warmup` steps, then half a cosine down to `floor` x lr; returns the rate."""
     rise = min(1.0, (step + 1) / max(1, warmup))
@@ -98,11 +110,24 @@ def clip_and_step(model, optimizer, clip, step):
     except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be told
         worst = max((p.grad.abs().nan_to_num(nan=math.inf).max().item(), name)
                     for name, p in model.named_parameters() if p.grad is not None)
-        raise UserError(f"step {step}: the gradient is not finite, largest in {worst[1]}; nothing was "
-                        "saved after the last checkpoint; try a smaller --lr") from None
+        raise UserError(f"step {step}: the gradient is not finite, largest in {worst[1]}; what was saved "
+                        "before is kept; try a smaller --lr") from None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
+
+
+def finite(where, **numbers):
+    """Raise UserError when one of the numbers, floats or tensors, is NaN or infinite."""
+    if bad := [name for name, x in numbers.items() if not torch.as_tensor(x).isfinite().all()]:
+        raise UserError(f"{where}: {', '.join(bad)} not finite; what was saved before is kept; try a "
+                        "smaller --lr")
+
+
+def far(a, b):
+    """Whether a and b differ by more than rounding does; TF32 and bf16 round to 3 digits or fewer."""
+    tolerance = 1e-4 if b.device.type == "cpu" and b.dtype == torch.float32 else 2e-2
+    return not (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 def keep_previous(path):
@@ -113,19 +138,29 @@ def keep_previous(path):
         print(f"{path} is there already: kept as {previous}")
 
 
-def save(path, model, tokenizer):
-    """Write a checkpoint that `load` and `load_tokenizer` read; it is there whole or not at all."""
-    path = Path(path)
+def write(path, data, keep=False):
+    """torch.save, but `path` is there whole or not at all; `keep` an earlier file as *.prev.*"""
     beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({getattr(error, 'strerror', 0) or 'disk full?'}); "
+                        "what was saved before is kept") from None
+    if keep:
+        keep_previous(path)
+    os.replace(beside, path)
+
+
+def save(path, model, tokenizer):
+    """Write a checkpoint that `load` and `load_tokenizer` read."""
     data = {"kind": type(model).__name__, "config": dataclasses.asdict(model.config),
             "tokenizer": tokenizer.spec(), "weights": model.state_dict(),
             "pool": model.pool if isinstance(model, RewardModel) else None}
-    with open(beside, "wb") as file:
-        torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    keep_previous(path)
-    os.replace(beside, path)
+    write(Path(path), data, keep=True)
 
 
 def load(kind, path, dropout=0.0):
@@ -155,34 +190,145 @@ def _read(path):
     maker = {"sft.pt": "train_sft.py", "rm.pt": "train_rm.py", "ppo.pt": "ppo.py"}.get(Path(path).name)
     if not Path(path).exists():
         raise UserError(f"{path} is missing" + (f": `python {maker}` makes it" if maker else ""))
+    return _unpickle(path, {"kind", "config", "tokenizer", "pool", "weights"}, "checkpoint")
+
+
+def _unpickle(path, names, what):
     try:
         data = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # never runs code
-        if not {"kind", "config", "tokenizer", "pool", "weights"} <= data.keys():
+        if not names <= data.keys():
             raise ValueError
         return data
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"{path} can't be read: {error.strerror}")
     except (pickle.UnpicklingError, RuntimeError, LookupError, ValueError, EOFError, AttributeError,
             OSError):
-        raise UserError(f"{path} is no checkpoint of onetrunk, or is damaged")
+        raise UserError(f"{path} is no {what} of onetrunk, or is damaged")
+
+
+class State:
+    """What a run needs to go on exactly where it stopped: saved every few steps, and when it is stopped.
+
+    `files` are all that the run reads: with others, or with other flags, its rest would not fit its
+    beginning, so that is refused. NAME.finished.pt takes the place of NAME.state.pt at the end.
+    """
+
+    def __init__(self, path, cfg, files):
+        self.path, self.every, self.caught = path, cfg.save_every, 0
+        self.finished = path.with_name(path.name.replace("state", "finished"))
+        self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
+                      if name not in ("out", "resume", "save_every", "show")}  # these change no result
+        self.start |= {os.path.relpath(file, path.parent): checksum(file) for file in files if file}
+        self.saved = self._find() if cfg.resume else None
+
+    def _find(self):
+        path = self.finished if self.finished.exists() else self.path
+        if not path.exists():
+            raise UserError(f"--resume: there is no {path} to go on from; leave --resume out")
+        saved = _unpickle(path, {"start", "step"}, "saved state")
+        was = [f"{name} was {saved['start'].get(name)}" for name, x in self.start.items()
+               if saved["start"].get(name) != x]
+        if was:
+            raise UserError(f"--resume: the run in {path} was started otherwise: {', '.join(was)}")
+        if path == self.finished:
+            print(f"{path}: this run is finished; to begin a new one leave --resume out")
+            sys.exit(0)
+        return saved
+
+    def begin(self, log, **parts):
+        """Fill `parts` from the saved state, if there is one; returns the number of steps it has done.
+
+        A part is a model, an optimizer, a generator, or a list or dict of plain numbers.
+        """
+        self.log, saved, self.saved = log, self.saved, None
+        generators = (torch.default_generator, *torch.cuda.default_generators)
+        self.parts = parts | {f"rng{i}": generator for i, generator in enumerate(generators)}
+        self.handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        if saved is None:
+            self.finished.unlink(missing_ok=True)
+            keep_previous(self.path)
+            return 0
+        try:
+            for name, part in self.parts.items():
+                set_state(part, saved["parts"][name])
+        except (RuntimeError, ValueError, LookupError) as error:
+            raise UserError(f"{self.path} does not fit this model.py ({str(error).splitlines()[-1].strip()})")
+        print(f"going on after step {saved['step']} of {log.steps}")
+        return saved["step"]
+
+    def after(self, step):
+        """To be called at the end of every step: saves when it is time, and stops when it was asked to."""
+        if self.caught or self.every and step % self.every == 0:
+            os.fsync(self.log.file.fileno())
+            parts = {name: get_state(part) for name, part in self.parts.items()}
+            write(self.path, {"start": self.start, "step": step, "log": self.log.file.tell(), "parts": parts})
+        if self.caught:
+            print(f"stopped after step {step} of {self.log.steps}: the same command with --resume goes on")
+            sys.exit(128 + self.caught)
+
+    def _stop(self, number, frame):
+        self._restore_handlers()  # so once more stops at once
+        self.caught = number
+        os.write(2, b"\nfinishing this step\n")  # print may not be used in a signal handler
+
+    def _restore_handlers(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def finish(self):
+        """To be called when the result is written."""
+        write(self.finished, {"start": self.start, "step": self.log.steps})
+        self.path.unlink(missing_ok=True)
+        self._restore_handlers()
+
+
+def checksum(path):
+    return f"a file with CRC {zlib.crc32(Path(path).read_bytes()):x}" if os.path.isfile(path) else None
+
+
+def get_state(part):
+    if isinstance(part, (list, dict)):
+        return part
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def set_state(part, state):
+    if isinstance(part, list):
+        part[:] = state
+    elif isinstance(part, dict):
+        part.update(state)
+    else:
+        (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(state)
 
 
 class Log:
-    """One line a step on the terminal, the same numbers as a line of JSON in `path`, config first."""
+    """One line a step on the terminal, the same numbers as a line of JSON in `path`, config first.
 
-    def __init__(self, path, config, steps):
+    Of a `saved` run (see State) the lines up to its step stay, and what came after them is written anew.
+    """
+
+    def __init__(self, path, config, steps, saved=None):
+        self.steps, self.start, self.lines, self.done = steps, time.time(), 0, 0
         path.parent.mkdir(parents=True, exist_ok=True)
+        if saved:
+            if not path.exists() or path.stat().st_size < saved["log"]:
+                raise UserError(f"--resume: {path} is missing, or not the log of that run")
+            os.truncate(path, saved["log"])
+            self.file, self.done = open(path, "a"), saved["step"]
+            return
         keep_previous(path)
-        self.file, self.steps, self.start, self.lines = open(path, "w"), steps, time.time(), 0
+        self.file = open(path, "w")
         self._write({"config": dataclasses.asdict(config)})
 
-    def __call__(self, step, **numbers):
+    def __call__(self, step, tok_s=None, **numbers):
+        """`tok_s`, tokens a second, goes to the terminal only: the file is the same whenever it is made."""
         self._write({"step": step, **numbers})
+        numbers |= {"tok_s": tok_s} if tok_s else {}
         if self.lines % 10 == 0:
             names = "".join(name.rjust(max(9, len(name) + 2)) for name in numbers)
             print(f"{'step':>9}{names}     left")
         self.lines += 1
-        left = int((time.time() - self.start) / step * (self.steps - step))
+        left = int((time.time() - self.start) / (step - self.done) * (self.steps - step))
         cells = "".join(f"{f'{x:.3g}' if isinstance(x, float) else x}".rjust(max(9, len(name) + 2))
                         for name, x in numbers.items())
         print(f"{step:4d}/{self.steps:<4d}{cells}  {left // 60:4d}:{left % 60:02d}", flush=True)
