@@ -26,10 +26,11 @@ from pathlib import Path
 
 import torch
 
-from common import (Log, State, UserError, batches, clip_and_step, finite, load, load_tokenizer, pad,
+from common import (Log, UserError, batches, clip_and_step, finite, load, load_tokenizer, pad,
                     pick_device, run, save)
 from data.records import open_data, read_prompts, read_sft
 from model import GPT, RewardModel
+from resume import State
 from train_sft import encode as encode_sft
 from train_sft import sft_batch, sft_loss
 

@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (Log, State, UserError, batches, clip_and_step, far, finite, load, load_tokenizer,
+from common import (Log, UserError, batches, clip_and_step, far, finite, load, load_tokenizer,
                     pad, pick_device, run, save, set_lr, shuffled)
 from data.records import open_data, read_preferences, read_prompts
 from model import GPT, RewardModel
+from resume import State
 
 
 @dataclass

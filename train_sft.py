@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from common import (Log, State, UserError, batches, clip_and_step, far, finite, load, load_tokenizer,
+from common import (Log, UserError, batches, clip_and_step, far, finite, load, load_tokenizer,
                     pad, pick_device, run, save, set_lr, shuffled)
 from data.records import open_data, read_sft
 from data.tokenizer import get_tokenizer, train_tokenizer
 from model import GPT, GPTConfig, KVCache
+from resume import State
 
 
 @dataclass

@@ -25,9 +25,9 @@ if not sys.platform.startswith("linux"):
 
 import common
 import ppo
+import resume
 import train_rm
 import train_sft
-from model import GPT, RewardModel
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": ppo}
 SMALL = ["--data", "data", "--device", "cpu"]
@@ -45,15 +45,16 @@ FLAGS = {
 def child(job):
     """One run of a script from its command line; what is left of it at the end goes to out/STAGE.last.pt."""
     os.chdir(job["folder"])
-    module, shipped = SCRIPTS[job["stage"]], common.State.finish
+    module, shipped = SCRIPTS[job["stage"]], resume.State.finish
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     sys.argv = [module.__name__ + ".py", *job["flags"]]
 
     def finish(state):
-        torch.save({name: common.get_state(part) for name, part in state.parts.items()}, f"out/{job['stage']}.last.pt")
+        torch.save({name: resume.get_state(part) for name, part in state.parts.items()},
+                   state.path.with_name(f"{job['stage']}.last.pt"))
         shipped(state)
-    common.State.finish = finish
+    resume.State.finish = finish
     if "die_at" in job:
         die_at(job["die_at"], job["before"])
     if "disk" in job:
