@@ -1,27 +1,20 @@
-"""One page of plumbing: command line, device, batches, checkpoint, learning rate, log."""
+"""One page of plumbing: command line, device, batches, learning rate, log; checkpoints by checkpoint.py."""
 import argparse
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
-import pickletools
 import re
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
 
+from checkpoint import keep_previous, load, load_tokenizer, save  # noqa: F401, for all scripts
 from data.records import UserError
-from data.tokenizer import from_spec
-from model import GPT, GPTConfig, RewardModel, Trunk
-
-# every class and function that a checkpoint names; torch's own list has some that eat memory
-NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
-         "torch DoubleStorage", "torch HalfStorage", "torch BFloat16Storage"}
-
 
 def run(main, Config):
     """Read the command line into Config, call main, print a user's mistake as one sentence, exit 1."""
@@ -37,6 +30,8 @@ def run(main, Config):
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help, **how)
     try:
         main(Config(**vars(parser.parse_args())))
+    except KeyboardInterrupt:  # before the first step, or pressed once more
+        sys.exit(130)
     except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
@@ -84,6 +79,13 @@ def batches(lengths, budget, generator=None):
     return made
 
 
+def shuffled(lengths, budget, generator, done, steps):
+    """(step, batch) for the steps done+1 to `steps`, each epoch shuffled anew; those before are skipped."""
+    epochs = (batches(lengths, budget, generator) for _ in itertools.count())
+    made = itertools.chain.from_iterable(epochs)
+    return enumerate(itertools.islice(made, done, steps), done + 1)
+
+
 def set_lr(optimizer, lr, step, steps, warmup, floor):
     """Linear warm-up over `warmup` steps, then half a cosine down to `floor` x lr; returns the rate."""
     rise = min(1.0, (step + 1) / max(1, warmup))
@@ -103,115 +105,54 @@ def clip_and_step(model, optimizer, clip, step):
     except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be told
         worst = max((p.grad.abs().nan_to_num(nan=math.inf).max().item(), name)
                     for name, p in model.named_parameters() if p.grad is not None)
-        raise UserError(f"step {step}: the gradient is not finite, largest in {worst[1]}; nothing was "
-                        "saved after the last checkpoint; try a smaller --lr") from None
+        raise UserError(f"step {step}: the gradient is not finite, largest in {worst[1]}; what was saved "
+                        "before is kept; try a smaller --lr") from None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 
-def keep_previous(path):
-    """Move an earlier run's file to NAME.prev.EXT, one generation back, and say so."""
-    if path.exists():
-        previous = path.with_name(f"{path.stem}.prev{path.suffix}")
-        os.replace(path, previous)
-        print(f"{path} is there already: kept as {previous}")
+def finite(where, **numbers):
+    """Raise UserError when one of the numbers, floats or tensors, is NaN or infinite."""
+    if bad := [name for name, x in numbers.items() if not torch.as_tensor(x).isfinite().all()]:
+        raise UserError(f"{where}: {', '.join(bad)} not finite; what was saved before is kept; try a "
+                        "smaller --lr")
 
 
-def save(path, model, tokenizer):
-    """Write a checkpoint that `load` and `load_tokenizer` read; it is there whole or not at all."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    data = {"kind": type(model).__name__, "config": dataclasses.asdict(model.config),
-            "tokenizer": tokenizer.spec(), "weights": model.state_dict(),
-            "pool": model.pool if isinstance(model, RewardModel) else None}
-    with open(beside, "wb") as file:
-        torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    keep_previous(path)
-    os.replace(beside, path)
-
-
-def load(kind, path, dropout=0.0):
-    """A GPT or RewardModel (`kind`, the class) from its checkpoint, on the CPU, in eval mode.
-
-    Dropout is a choice of the run, not of the checkpoint: 0 unless asked for.
-    """
-    data = _read(path)
-    if data["kind"] != kind.__name__:
-        raise UserError(f"{path} holds a {data['kind']}, and a {kind.__name__} is needed here")
-    try:
-        fields, types = {**data["config"], "dropout": float(dropout)}, GPTConfig.__annotations__
-        if not all(type(x) is types.get(name) and 0 <= x < 2**31 for name, x in fields.items()
-                   if types.get(name) is not str) or fields.get("n_layer", 1) > len(data["weights"]):
-            raise ValueError("its config is unknown here, or impossible")
-        config = GPTConfig(**fields)
-        build = lambda: GPT(config) if kind is GPT else RewardModel(Trunk(config), data["pool"])
-        with torch.device("meta"):  # names and sizes are compared before anything is allocated
-            build().load_state_dict(data["weights"], assign=True)
-        model = build()
-        model.load_state_dict(data["weights"])
-    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-        why = str(error).splitlines()[:2][-1].strip()
-        raise UserError(f"{path}: the weights do not fit this model.py ({why:.300})") from None
-    for name, x in model.state_dict().items():
-        if not torch.isfinite(x).all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite")
-    return model.eval()
-
-
-def load_tokenizer(path):
-    """The tokenizer that a checkpoint was trained with."""
-    spec = _read(path)["tokenizer"]
-    try:
-        return from_spec(spec)
-    except UserError as error:
-        raise UserError(f"{path}: its tokenizer: {' '.join(str(error).split())[-300:]}") from None
-
-
-def _read(path):
-    maker = {"sft.pt": "train_sft.py", "rm.pt": "train_rm.py", "ppo.pt": "ppo.py"}.get(Path(path).name)
-    if not Path(path).exists():
-        raise UserError(f"{path} is missing" + (f": `python {maker}` makes it" if maker else ""))
-    try:
-        with zipfile.ZipFile(path) as file:
-            size, entries = os.path.getsize(path), file.infolist()
-            # torch.save never packs: what unpacks to more than the file is there to fill the memory
-            fine = sum(entry.file_size for entry in entries) <= size and NAMED >= {
-                arg for entry in entries if entry.filename.endswith(".pkl")
-                for op, arg, _ in pickletools.genops(file.read(entry)) if op.name == "GLOBAL"}
-        data = fine and torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # runs no code
-        weights = data["weights"] = dict(data["weights"])
-        # twice, for the head shares the embedding's numbers; strides of 0 could feign any size
-        if not (data["kind"] in ("GPT", "RewardModel") and data["pool"] in (None, *RewardModel.POOLS)
-                and {"config", "tokenizer"} <= data.keys()
-                and all(type(name) is str and x.is_floating_point() for name, x in weights.items())
-                and sum(x.nbytes for x in weights.values()) <= 2 * size):
-            raise ValueError
-        return data
-    except (PermissionError, IsADirectoryError) as error:
-        raise UserError(f"{path} can't be read: {error.strerror}")
-    except Exception:  # a damaged pickle can raise anything
-        raise UserError(f"{path} is no checkpoint of onetrunk, or is damaged") from None
+def far(a, b):
+    """Whether a and b differ by more than rounding does; TF32 and bf16 round to 3 digits or fewer."""
+    tolerance = 1e-4 if b.device.type == "cpu" and b.dtype == torch.float32 else 2e-2
+    return not (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 class Log:
-    """One line a step on the terminal, the same numbers as a line of JSON in `path`, config first."""
+    """One line a step on the terminal, the same numbers as a line of JSON in `path`, config first.
 
-    def __init__(self, path, config, steps):
+    Of a `saved` run (see resume.py) the lines up to its step stay, and what came after them is written anew.
+    """
+
+    def __init__(self, path, config, steps, saved=None):
+        self.steps, self.start, self.lines, self.done = steps, time.time(), 0, 0
         path.parent.mkdir(parents=True, exist_ok=True)
+        if saved:
+            if not path.exists() or path.stat().st_size < saved["log"]:
+                raise UserError(f"--resume: {path} is missing, or not the log of that run")
+            os.truncate(path, saved["log"])
+            self.file, self.done = open(path, "a"), saved["step"]
+            return
         keep_previous(path)
-        self.file, self.steps, self.start, self.lines = open(path, "w"), steps, time.time(), 0
+        self.file = open(path, "w")
         self._write({"config": dataclasses.asdict(config)})
 
-    def __call__(self, step, **numbers):
+    def __call__(self, step, tok_s=None, **numbers):
+        """`tok_s`, tokens a second, goes to the terminal only: the file is the same whenever it is made."""
         self._write({"step": step, **numbers})
+        numbers |= {"tok_s": tok_s} if tok_s else {}
         if self.lines % 10 == 0:
             names = "".join(name.rjust(max(9, len(name) + 2)) for name in numbers)
             print(f"{'step':>9}{names}     left")
         self.lines += 1
-        left = int((time.time() - self.start) / step * (self.steps - step))
+        left = int((time.time() - self.start) / (step - self.done) * (self.steps - step))
         cells = "".join(f"{f'{x:.3g}' if isinstance(x, float) else x}".rjust(max(9, len(name) + 2))
                         for name, x in numbers.items())
         print(f"{step:4d}/{self.steps:<4d}{cells}  {left // 60:4d}:{left % 60:02d}", flush=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import common
+import checkpoint
 from data.records import UserError
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, RewardModel
@@ -300,7 +300,7 @@ def import_gpt2(source, out, spec="gpt2"):
                         f"{tokenizer.vocab_size}; choose another with --tokenizer")
     gpt = build(tensors, config, path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    common.save(out, gpt, tokenizer)
+    checkpoint.save(out, gpt, tokenizer)
     print(f"{sum(p.numel() for p in gpt.parameters()) / 1e6:.1f} million weights saved in {out}")
 
 
@@ -381,13 +381,13 @@ def export(path, folder):
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty; nothing is overwritten")
-    kind, tokenizer = common._read(path)["kind"], common.load_tokenizer(path)
+    kind, tokenizer = checkpoint.kind(path), checkpoint.load_tokenizer(path)
     if kind == "GPT":
-        gpt = common.load(GPT, path)
+        gpt = checkpoint.load(GPT, path)
         config = their_config(gpt.config, tokenizer, architectures=["GPT2LMHeadModel"])
         weights = their_weights(gpt)
     else:
-        config, weights = their_reward_model(common.load(RewardModel, path), tokenizer, path)
+        config, weights = their_reward_model(checkpoint.load(RewardModel, path), tokenizer, path)
     texts = {"config.json": json.dumps(config, indent=2)}
     if tokenizer.name == "gpt2":
         texts |= their_tokenizer(tokenizer, config.get("pad_token_id"))

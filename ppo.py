@@ -21,15 +21,16 @@ import copy
 import importlib.util
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from common import (Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run,
-                    save)
+from common import (Log, UserError, batches, clip_and_step, finite, load, load_tokenizer, pad,
+                    pick_device, run, save)
 from data.records import open_data, read_prompts, read_sft
 from model import GPT, RewardModel
+from resume import State
 from train_sft import encode as encode_sft
 from train_sft import sft_batch, sft_loss
 
@@ -58,6 +59,8 @@ class Config:
     lam: float = 0.95  # lambda of GAE; gamma is 1: a response is one episode
     ptx_coef: float = 0.0  # weight of the SFT loss mixed in (PPO-ptx; Ouyang et al. 2022, eq. 2)
     show: int = 4  # held-out texts printed at the end, before and after
+    save_every: int = 10  # updates after which the state is saved, to go on from; 0: never
+    resume: bool = False  # go on from the last saved state
     seed: int = 1  # of order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
     skip_bad: bool = False  # leave out lines that can't be used, and count them
@@ -166,7 +169,7 @@ def rollout(policy, prompts, eos, cfg, generator):
 
 
 @torch.inference_mode()
-def assess(batch, policy, ref, critic, reward, cfg):
+def assess(batch, policy, ref, critic, reward, cfg, where="held out"):
     """Adds logp, ref_logp, value (B,T-1) and score (B,): under inference mode, so nothing is trained.
 
     A response without end-of-text gets cfg.no_eos_score, whatever the reward model makes of it.
@@ -181,8 +184,7 @@ def assess(batch, policy, ref, critic, reward, cfg):
         new["ref_logp"][index, :t] = token_logps(ref, b["tokens"], cfg.temperature, b["mask"])
         new["value"][index, :t] = critic(b["tokens"][:, :-1])
         new["score"][index] = reward(b["tokens"], b["lengths"], b["P"])
-    if not torch.isfinite(new["score"]).all():
-        raise UserError("a score is not finite; nothing was saved")
+    finite(where, **new)
     new["score"] = torch.where(batch["ended"], new["score"], cfg.no_eos_score)
     return {**batch, **new}
 
@@ -208,12 +210,14 @@ def improve(policy, critic, optimizers, batch, cfg, update, generator, ptx=None)
     for _ in range(cfg.epochs):
         for part in torch.randperm(len(batch["tokens"]), generator=generator).chunk(cfg.minibatches):
             stats |= minibatch_backward(policy, critic, batch, part.tolist(), cfg)
+            finite(f"update {update}", **stats)
             if stats["update_kl"] > 1.5 * cfg.update_kl:
                 policy.zero_grad(set_to_none=True)
                 critic.zero_grad(set_to_none=True)
                 return stats
             if ptx:
                 loss, count = sft_loss(policy, *ptx())
+                finite(f"update {update}", ptx_loss=loss)
                 (cfg.ptx_coef * loss / count).backward()
             stats["grad_norm"] = clip_and_step(policy, optimizers[0], 1.0, update)
             clip_and_step(critic, optimizers[1], 1.0, update)
@@ -327,14 +331,16 @@ def encode_prompts(prompts, tokenizer, room, name):
     return [row[-room:] for row in rows]
 
 
-def cycle(n, size, generator):
-    """Index lists of `size`, each epoch a fresh permutation of range(n); goes on for ever."""
-    left = []
+def cycle(n, size, generator, left):
+    """Index lists of `size`, each epoch a fresh permutation of range(n); goes on for ever.
+
+    `left` is the list of those still to come, kept by the caller so that it can be saved.
+    """
     while True:
         while len(left) < size:
             left += torch.randperm(n, generator=generator).tolist()
-        yield left[:size]
-        left = left[size:]
+        index, left[:] = left[:size], left[size:]
+        yield index
 
 
 # ---- report ----
@@ -420,6 +426,38 @@ def rollout_stats(batch, tokenizer, world):
     return stats
 
 
+def warnings(stats, first):
+    """What goes wrong in an update, with the likely cause and the flag to change; `first` are the
+    numbers of the first update. The limits are far outside of what a good run shows."""
+    wrong = {
+        "the KL is above 50 nats a response: the policy has left the text that the reward model knows, "
+        "its scores mean little there. Raise --kl-coef or lower --lr": stats["kl"] > 50,
+        "the entropy is below a tenth of the first update's: the policy says the same thing again and "
+        "again. Raise --kl-coef or lower --lr": stats["entropy"] < 0.1 * first["entropy"],
+        "less than half as many responses end as in the first update: long ones are scored higher, or a "
+        "missing end costs too little. Lower --no-eos-score": stats["eos"] < 0.5 * first["eos"],
+    }
+    return [sentence for sentence, so in wrong.items() if so]
+
+
+def check_start(policy, ref, critic, prompts, eos, cfg, device):
+    """Raise UserError unless, before any step, the KL to the reference is 0 and the ratio 1."""
+    short = replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens))
+    batch = rollout(policy, prompts[:8], eos, short, torch.Generator(device).manual_seed(0))
+    no_score = lambda tokens, lengths, P: torch.zeros(len(tokens), device=device)
+    batch = advantages(assess(batch, policy, ref, critic, no_score, cfg), 0.0, cfg.lam)
+    if not torch.equal(batch["logp"], batch["ref_logp"]):
+        raise UserError("self-check: the KL to the reference is not 0 before the first step: the same "
+                        "weights give other log-probs the second time; is dropout or other noise left on?")
+    stats = minibatch_backward(policy, critic, batch, range(len(batch["mask"])), cfg)
+    policy.zero_grad(set_to_none=True)
+    critic.zero_grad(set_to_none=True)
+    limit = 1e-5 if device.type == "cpu" else 1e-2  # a GPU may take other kernels where gradients are needed
+    if abs(stats["ratio"] - 1) > limit or stats["update_kl"] > limit**2:
+        raise UserError("self-check: the ratio is not 1 before the first step: the update computes other "
+                        "log-probs than the rollout; does model.py depend on gradients being needed?")
+
+
 def main(cfg):
     torch.manual_seed(cfg.seed)
     device = pick_device(cfg.device)
@@ -429,45 +467,59 @@ def main(cfg):
     policy, ref, critic, reward, tokenizer = load_models(cfg, device)
     judge = load_reward_model(Path(cfg.judge), policy, tokenizer, device) if cfg.judge else None
     folder, world = open_data(cfg.data)
+    files = [folder / name for name in ("prompts.jsonl", "prompts_val.jsonl", "sft.jsonl")]
+    files += [out / "sft.pt", out / "rm.pt", cfg.judge, cfg.reward.rpartition(":")[0]]
+    state = State(out / "ppo.state.pt", cfg, files)
 
     room = policy.config.block_size - cfg.max_new_tokens - (critic.pool == "token")
     prompts = read_prompts(folder / "prompts.jsonl", cfg.skip_bad)
     prompts = encode_prompts(prompts, tokenizer, room, "prompts.jsonl")
     val = read_prompts(folder / "prompts_val.jsonl", cfg.skip_bad)
     val = encode_prompts(val, tokenizer, room, "prompts_val.jsonl")
-    ptx = None
+    ptx, left, ptx_left = None, [], []
     if cfg.ptx_coef:
         rows = read_sft(folder / "sft.jsonl", cfg.skip_bad)
         rows = encode_sft(rows, tokenizer, policy.config.block_size, "sft.jsonl")
-        ptx_index = cycle(len(rows), cfg.batch, order)
+        ptx_index = cycle(len(rows), cfg.batch, order, ptx_left)
         ptx = lambda: sft_batch([rows[i] for i in next(ptx_index)], device)
 
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
                   for model, lr in ((policy, cfg.lr), (critic, cfg.critic_lr))]
     factor = lambda u: min(1, (u + 1) / 5) * (1 - u / cfg.updates)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
-    log = Log(out / "ppo.jsonl", cfg, cfg.updates)
+    check_start(policy, ref, critic, prompts, tokenizer.eos, cfg, device)
     held_out = (ref, critic, reward, judge, val, tokenizer, world, cfg, device)
     before = evaluate(policy, *held_out)
     print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out: {describe(means(before))}")
 
-    kl_coef, index = cfg.kl_coef, cycle(len(prompts), cfg.batch, order)
-    for update in range(1, cfg.updates + 1):
+    log = Log(out / "ppo.jsonl", cfg, cfg.updates, state.saved)
+    index, warned = cycle(len(prompts), cfg.batch, order, left), set()
+    now = {"kl_coef": cfg.kl_coef, "first": None}  # first: the numbers of the first update
+    done = state.begin(log, policy=policy, critic=critic, policy_optimizer=optimizers[0],
+                       critic_optimizer=optimizers[1], order=order, generator=generator, left=left,
+                       ptx_left=ptx_left, now=now)
+    for update in range(done + 1, cfg.updates + 1):
         start = time.time()
+        for optimizer, lr in zip(optimizers, (cfg.lr, cfg.critic_lr)):
+            optimizer.param_groups[0]["lr"] = lr * factor(update - 1)
         batch = rollout(policy, [prompts[i] for i in next(index)], tokenizer.eos, cfg, generator)
-        batch = advantages(assess(batch, policy, ref, critic, reward, cfg), kl_coef, cfg.lam)
+        batch = advantages(assess(batch, policy, ref, critic, reward, cfg, f"update {update}"),
+                           now["kl_coef"], cfg.lam)
         stats = rollout_stats(batch, tokenizer, world)
         stats |= improve(policy, critic, optimizers, batch, cfg, update, order, ptx)
         if cfg.kl_target:
-            kl_coef = adapt_kl_coef(kl_coef, stats["kl"], cfg.kl_target, cfg.batch, cfg.kl_horizon)
-            stats["kl_coef"] = kl_coef
-        for schedule in schedules:
-            schedule.step()
+            now["kl_coef"] = adapt_kl_coef(now["kl_coef"], stats["kl"], cfg.kl_target, cfg.batch,
+                                           cfg.kl_horizon)
+            stats["kl_coef"] = now["kl_coef"]
+        now["first"] = now["first"] or stats
         log(update, **stats, tok_s=round(batch["mask"].sum().item() / (time.time() - start)))
         if update % 10 == 0 and update < cfg.updates:
             seen = means(evaluate(policy, *held_out))
             log.report(update=update, **seen)
             print(f"      held out: {describe(seen)}")
+        for sentence in set(warnings(stats, now["first"])) - warned:  # each of them once
+            print(f"warning: {sentence}")
+            warned.add(sentence)
+        state.after(update)
 
     after = evaluate(policy, *held_out)
     print_table(before, after, world, cfg.show)
@@ -477,6 +529,7 @@ def main(cfg):
             if before[name]}
     log.report(update=cfg.updates, **means(after), **wins,
                win_rate=win_rate(after["score"], before["score"]))
+    state.finish()
     print(f"PPO done: {describe(means(after))}; {out / 'ppo.pt'}")
 
 

@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import (Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run,
-                    save, set_lr)
+from common import (Log, UserError, batches, clip_and_step, far, finite, load, load_tokenizer,
+                    pad, pick_device, run, save, set_lr, shuffled)
 from data.records import open_data, read_preferences, read_prompts
 from model import GPT, RewardModel
+from resume import State
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Config:
     lr: float = 5e-4  # peak of the learning rate
     dropout: float = 0.0  # rate while the reward model is trained
     wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this
+    save_every: int = 200  # steps after which the state is saved, to go on from; 0: never
+    resume: bool = False  # go on from the last saved state
     seed: int = 1  # of the head, order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
     skip_bad: bool = False  # leave out lines that can't be used, and count them
@@ -211,6 +214,17 @@ def calibration_error(gap, bins=10):
                for b in bin.unique())
 
 
+@torch.inference_mode()
+def check_scores(rm, device):
+    """Raise UserError when a score depends on the padding, or on the texts beside it."""
+    room = rm.config.block_size - (rm.pool == "token")
+    rows = [[(5 * n + 3 * t) % rm.config.vocab_size for t in range(min(n, room))] for n in (3, 7, 12)]
+    alone = torch.cat([rm.score(*pad([row], device)) for row in rows])
+    if far(rm.score(*pad(rows, device)), alone):
+        raise UserError("self-check: a text's score changes with its padding or with the texts beside it: "
+                        "model.py lets a real token see a pad or another row, or reads a wrong position")
+
+
 def main(cfg):
     torch.manual_seed(cfg.seed)
     order = torch.Generator().manual_seed(cfg.seed)
@@ -219,10 +233,13 @@ def main(cfg):
     gpt = load(GPT, out / "sft.pt", cfg.dropout).to(device)
     tokenizer = load_tokenizer(out / "sft.pt")
     folder, world = open_data(cfg.data)
+    names = ("preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl")
+    state = State(out / "rm.state.pt", cfg, [out / "sft.pt", *(folder / name for name in names)])
 
     train = read_preferences(folder / "preferences.jsonl", cfg.skip_bad)
     val = read_preferences(folder / "preferences_val.jsonl", cfg.skip_bad)
     rm = RewardModel.from_gpt(gpt, cfg.pool).to(device)  # the head swap
+    check_scores(rm, device)
     room = rm.config.block_size - (cfg.pool == "token")
     groups = encode(train, tokenizer, room, "preferences.jsonl")
     sizes = [sum(map(len, group.rows)) for group in groups]
@@ -230,23 +247,23 @@ def main(cfg):
     optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     steps = max(1, round(cfg.epochs * len(batches(sizes, cfg.batch_tokens))))
-    log = Log(out / "rm.jsonl", cfg, steps)
+    log = Log(out / "rm.jsonl", cfg, steps, state.saved)
     count = sum(len(group.rows) for group in groups)
     print(f"reward model: {len(groups)} prompts with {count} ranked responses, "
           f"{sum(sizes)} tokens, read at {cfg.pool}, on {device}")
 
     rm.train()
-    step = 0
-    while step < steps:
-        for index in batches(sizes, cfg.batch_tokens, order)[: steps - step]:
-            lr = set_lr(optimizer, cfg.lr, step, steps, warmup=20, floor=0.1)
-            scores = rm.score(*pad([row for i in index for row in groups[i].rows], device))
-            loss, right = ranking_loss(scores, [groups[i].ranks for i in index])
-            loss.backward()
-            norm = clip_and_step(rm, optimizer, 1.0, step)
-            step += 1
-            if step % 25 == 0 or step == steps:
-                log(step, loss=loss.item(), accuracy=right.item(), lr=lr, grad_norm=norm)
+    done = state.begin(log, rm=rm, optimizer=optimizer)
+    for step, index in shuffled(sizes, cfg.batch_tokens, order, done, steps):
+        lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
+        scores = rm.score(*pad([row for i in index for row in groups[i].rows], device))
+        loss, right = ranking_loss(scores, [groups[i].ranks for i in index])
+        finite(f"step {step}", loss=loss)
+        loss.backward()
+        norm = clip_and_step(rm, optimizer, 1.0, step)
+        if step % 25 == 0 or step == steps:
+            log(step, loss=loss.item(), accuracy=right.item(), lr=lr, grad_norm=norm)
+        state.after(step)
 
     rm.eval()
     val_groups = encode(val, tokenizer, room, "preferences_val.jsonl")
@@ -254,6 +271,7 @@ def main(cfg):
     normalise(rm, gpt, groups, folder, tokenizer, cfg, device)
     save(out / "rm.pt", rm, tokenizer)
     log.report(**result)
+    state.finish()
     print(f"reward model done: held-out accuracy {result['accuracy']:.1%}"
           + (f", ceiling {result['ceiling']:.1%}" if world else "") + f"; {out / 'rm.pt'}\n")
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from common import (Log, UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run,
-                    save, set_lr)
+from common import (Log, UserError, batches, clip_and_step, far, finite, load, load_tokenizer,
+                    pad, pick_device, run, save, set_lr, shuffled)
 from data.records import open_data, read_sft
 from data.tokenizer import get_tokenizer, train_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
+from resume import State
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Config:
     batch_tokens: int = 2048  # tokens in an optimizer step, padding included
     lr: float = 4e-3  # peak of the learning rate
     weight_decay: float = 0.1  # on matrices only
+    save_every: int = 200  # steps after which the state is saved, to go on from; 0: never
+    resume: bool = False  # go on from the last saved state
     seed: int = 1  # of weights, order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
     skip_bad: bool = False  # leave out lines that can't be used, and count them
@@ -130,43 +133,68 @@ def start(cfg, train):
     return load(GPT, cfg.init, cfg.dropout), load_tokenizer(cfg.init)
 
 
+@torch.inference_mode()
+def check_model(gpt, device):
+    """Raise UserError when model.py has lost what all stages rely on: causality, and a cache that changes
+    nothing. For a gpt in train mode."""
+    V, T = gpt.config.vocab_size, min(16, gpt.config.block_size)
+    tokens = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0)).to(device)
+    logits, half, rows = gpt.eval()(tokens), T // 2, torch.arange(2, device=device)
+    later = torch.cat([tokens[:, :half], (tokens[:, half:] + 1) % V], 1)
+    if far(gpt(later)[:, :half], logits[:, :half]):
+        raise UserError("self-check: the logits of a token change with the tokens after it: model.py is "
+                        "not causal, so the model would learn to copy the answer")
+    cache = KVCache(gpt.trunk, 2, T)
+    gpt.trunk(tokens[:, :half], cache)
+    cache.length = torch.tensor([half, half - 1], device=device)  # rows of unequal length, as in generate
+    for at in [cache.length + i for i in range(T - half)]:
+        if far(gpt.lm_head(gpt.trunk(tokens[rows, at][:, None], cache)[:, 0]), logits[rows, at]):
+            raise UserError("self-check: with the KV cache the logits are not those of the whole text, so "
+                            "generate in model.py would sample from another model than is trained")
+    gpt.train()
+
+
 def main(cfg):
     torch.manual_seed(cfg.seed)
     order = torch.Generator().manual_seed(cfg.seed)
     device = pick_device(cfg.device)
     out = Path(cfg.out)
     folder, _ = open_data(cfg.data)
+    files = [folder / "sft.jsonl", folder / "sft_val.jsonl", cfg.init, cfg.tokenizer]
+    state = State(out / "sft.state.pt", cfg, files)
 
     train = read_sft(folder / "sft.jsonl", cfg.skip_bad)
     val = read_sft(folder / "sft_val.jsonl", cfg.skip_bad)
     gpt, tokenizer = start(cfg, train)
     gpt, block_size = gpt.to(device).train(), gpt.config.block_size
+    check_model(gpt, device)
     rows = encode(train, tokenizer, block_size, "sft.jsonl")
     val_rows = encode(val, tokenizer, block_size, "sft_val.jsonl")
     lengths = [len(row) for row, _ in rows]
     optimizer = make_optimizer(gpt, cfg)
     steps = max(1, round(cfg.epochs * len(batches(lengths, cfg.batch_tokens))))
-    log = Log(out / "sft.jsonl", cfg, steps)
+    log = Log(out / "sft.jsonl", cfg, steps, state.saved)
     size = sum(p.numel() for p in gpt.parameters())
     print(f"SFT: {len(rows)} demonstrations, {sum(lengths)} tokens, {size} parameters, "
           f"vocabulary {tokenizer.vocab_size}, on {device}")
 
-    step = 0
-    while step < steps:
-        for index in batches(lengths, cfg.batch_tokens, order)[: steps - step]:
-            lr = set_lr(optimizer, cfg.lr, step, steps, warmup=20, floor=0.1)
-            loss, count = sft_loss(gpt, *sft_batch([rows[i] for i in index], device))
-            (loss / count).backward()
-            norm = clip_and_step(gpt, optimizer, 1.0, step)
-            step += 1
-            if step % 25 == 0 or step == steps:
-                log(step, loss=loss.item() / count, lr=lr, grad_norm=norm)
-            if step % 100 == 0:
-                show_sample(gpt, tokenizer, val[0][0], block_size, device)
+    done = state.begin(log, gpt=gpt, optimizer=optimizer)
+    for step, index in shuffled(lengths, cfg.batch_tokens, order, done, steps):
+        lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
+        loss, count = sft_loss(gpt, *sft_batch([rows[i] for i in index], device))
+        finite(f"step {step}", loss=loss)
+        (loss / count).backward()
+        norm = clip_and_step(gpt, optimizer, 1.0, step)
+        if step % 25 == 0 or step == steps:
+            log(step, loss=loss.item() / count, lr=lr, grad_norm=norm)
+        if step % 100 == 0:
+            show_sample(gpt, tokenizer, val[0][0], block_size, device)
+        state.after(step)
 
     val_loss = evaluate(gpt, val_rows, cfg.batch_tokens, device)
     save(out / "sft.pt", gpt, tokenizer)
     log.report(val_loss=val_loss)
+    state.finish()
     print(f"SFT done: held-out loss {val_loss:.4f} nats per completion token on {len(val_rows)} "
           f"demonstrations; {out / 'sft.pt'}\n")
 

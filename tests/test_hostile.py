@@ -17,7 +17,7 @@ import torch
 import common
 from data.records import UserError
 from data.tokenizer import get_tokenizer, train_tokenizer
-from model import GPT, RewardModel
+from model import GPT, GPTConfig, RewardModel
 
 ROOT = Path(__file__).resolve().parents[1]
 DAMAGED = "is no checkpoint of onetrunk, or is damaged"
@@ -30,7 +30,7 @@ def data(tiny):
     weights = tiny(vocab_size=257).state_dict()
     config = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "d_model": 32, "dropout": 0.0, "bias": True}
     with torch.device("meta"):  # its imports take a second, once
-        GPT(common.GPTConfig(**config))
+        GPT(GPTConfig(**config))
 
     def make(sizes={}, tensors={}, **changes):
         return {"kind": "GPT", "pool": None, "tokenizer": {"name": "bytes"}, "config": {**config, **sizes},

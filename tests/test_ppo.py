@@ -768,7 +768,7 @@ def test_encode_prompts_cuts_from_the_left_and_counts(capsys):
 
 @pytest.mark.parametrize("size", [3, 10, 25])
 def test_P23_cycle_gives_a_fresh_permutation_each_epoch(size):
-    parts = list(itertools.islice(ppo.cycle(10, size, gen(0)), 20))
+    parts = list(itertools.islice(ppo.cycle(10, size, gen(0), []), 20))
     assert all(len(part) == size for part in parts)
     seen = sum(parts, [])[: size * 20 // 10 * 10]
     epochs = [seen[i : i + 10] for i in range(0, len(seen), 10)]

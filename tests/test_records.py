@@ -273,8 +273,9 @@ def test_write_that_fails_leaves_the_earlier_file(tiny, tokenizer, tmp_path, mon
         file.write(b"half")
         raise OSError("disk full")
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError):
+    with pytest.raises(common.UserError, match="sft.pt could not be written .*what was saved before is kept"):
         common.save(path, tiny(1), tokenizer)
+    assert os.listdir(tmp_path) == ["sft.pt"]  # no .part is left
     assert torch.equal(common.load(GPT, path).trunk.wte.weight, tiny(0).trunk.wte.weight)
 
 

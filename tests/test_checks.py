@@ -1,0 +1,177 @@
+"""What a run says before it starts, and when it goes wrong: self-checks of a hacked model.py, NaN, warnings of PPO."""
+import math
+import time
+
+import pytest
+import torch
+
+import model
+import ppo
+import train_rm
+import train_sft
+from common import UserError, finite
+from model import GPT, RewardModel
+from test_pipeline import PPO, SIZES, jsonl, lines, make_data
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checks")
+    make_data(folder / "data")
+    where = {"data": str(folder / "data"), "out": str(folder / "out"), "device": "cpu"}
+    train_sft.main(train_sft.Config(**where | SIZES, epochs=0.5))
+    train_rm.main(train_rm.Config(**where, batch_tokens=512, epochs=0.5))
+    return where
+
+
+def hack(monkeypatch, owner, name, change):
+    shipped = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, *args, **kwargs: change(shipped, self, *args, **kwargs))
+
+
+def looks_ahead(forward, self, x, *rest):
+    return forward(self, x, *rest) + 0.1 * x.mean(1, keepdim=True)
+
+
+def forgets_positions(advance, self, T):
+    return advance(self, T) * 0
+
+
+def sees_the_batch(forward, self, x):
+    return forward(self, x) + 0.1 * x.mean(0, keepdim=True)
+
+
+def always_drops(forward, self, x):
+    return torch.dropout(forward(self, x), 0.5, True)
+
+
+def other_with_gradients(forward, self, x):
+    return forward(self, x) * (1.1 if torch.is_grad_enabled() else 1.0)
+
+
+@pytest.mark.parametrize("owner, name, change, why", [
+    (model.Attention, "forward", looks_ahead, "not causal"), (model.KVCache, "advance", forgets_positions, "KV cache")])
+def test_sft_does_not_start_with_a_broken_model(made, monkeypatch, tmp_path, owner, name, change, why):
+    hack(monkeypatch, owner, name, change)
+    with pytest.raises(UserError, match=f"self-check: .*{why}"):
+        train_sft.main(train_sft.Config(**made | SIZES | {"out": str(tmp_path)}))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pool", RewardModel.POOLS)
+def test_rm_does_not_start_when_a_score_depends_on_its_neighbours(made, monkeypatch, pool):
+    hack(monkeypatch, model.MLP, "forward", sees_the_batch)
+    with pytest.raises(UserError, match="self-check: a text's score changes with its padding"):
+        train_rm.main(train_rm.Config(**made, pool=pool))
+    monkeypatch.undo()
+    hack(monkeypatch, RewardModel, "score", lambda score, self, tokens, n: score(self, tokens, n * 0 + tokens.shape[1] - 1))
+    with pytest.raises(UserError, match="self-check: a text's score changes with its padding"):
+        train_rm.main(train_rm.Config(**made, pool=pool))
+
+
+@pytest.mark.parametrize("change, why", [(always_drops, "the KL to the reference is not 0"),
+                                         (other_with_gradients, "the ratio is not 1")])
+def test_ppo_does_not_start_with_a_broken_model(made, monkeypatch, change, why):
+    hack(monkeypatch, model.MLP, "forward", change)
+    with pytest.raises(UserError, match=f"self-check: {why}"):
+        ppo.main(ppo.Config(**made | PPO))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("block_size", [2, 3, 5, 40])
+def test_sound_models_pass_whatever_their_size(dropout, block_size):
+    """And neither the global random numbers nor the mode of the model are touched."""
+    gpt = GPT(model.GPTConfig(11, block_size, 2, 2, 16, dropout)).train()
+    before = torch.get_rng_state()
+    train_sft.check_model(gpt, CPU)
+    assert gpt.training and torch.equal(torch.get_rng_state(), before)
+    for pool in RewardModel.POOLS:
+        train_rm.check_scores(RewardModel.from_gpt(gpt, pool).eval(), CPU)
+
+
+def test_the_checks_take_under_two_seconds_at_the_size_of_the_stories():
+    gpt, start = GPT(model.GPTConfig(1024, 128, 4, 4, 128)).train(), time.process_time()
+    train_sft.check_model(gpt, CPU)
+    train_rm.check_scores(RewardModel.from_gpt(gpt).eval(), CPU)
+    ref = GPT(gpt.config)
+    ref.load_state_dict(gpt.state_dict())
+    ppo.check_start(gpt.eval(), ref.eval(), RewardModel.from_gpt(gpt), [[1, 2, 3]] * 20, 0, ppo.Config(), CPU)
+    assert time.process_time() - start < 2
+    assert all(p.grad is None for p in gpt.parameters())
+
+
+# ---- NaN ----
+
+def test_finite_names_all_that_is_not():
+    finite("step 3", loss=1.0, kl=torch.ones(2))
+    with pytest.raises(UserError, match="step 3: kl, score not finite; what was saved before is kept"):
+        finite("step 3", loss=1.0, kl=torch.tensor([0.0, math.nan]), score=math.inf)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_a_loss_that_is_not_finite_stops_at_its_step_and_the_state_before_is_kept(made, monkeypatch, tmp_path, stage):
+    script, name = (train_sft, "sft_loss") if stage == "sft" else (train_rm, "ranking_loss")
+    shipped, calls = getattr(script, name), []
+
+    def loss(*args):
+        calls.append(1)
+        x, second = shipped(*args)
+        return x * (math.nan if len(calls) == 6 else 1), second
+    monkeypatch.setattr(script, name, loss)
+    (tmp_path / "sft.pt").write_bytes(open(made["out"] + "/sft.pt", "rb").read())
+    config = made | {"out": str(tmp_path), "batch_tokens": 64, "save_every": 5}
+    with pytest.raises(UserError, match="step 6: loss not finite"):
+        script.main(script.Config(**(SIZES if stage == "sft" else {}) | config))
+    assert torch.load(tmp_path / f"{stage}.state.pt", weights_only=True)["step"] == 5
+    assert not (tmp_path / "rm.pt").exists()
+
+
+@pytest.mark.parametrize("name, where", [("value_loss", "update 2: value_loss not finite"),
+                                         ("policy_loss", "step 2: the gradient is not finite"),
+                                         ("token_logps", "update 2: logp, ref_logp not finite"),
+                                         ("sft_loss", "update 2: ptx_loss not finite")])
+def test_ppo_names_what_is_not_finite(made, monkeypatch, name, where):
+    shipped, log = getattr(ppo, name), ppo.Log.__call__
+    logged = []
+    monkeypatch.setattr(ppo.Log, "__call__", lambda self, *args, **kwargs: logged.append(1) or log(self, *args, **kwargs))
+
+    def spoil(*args):
+        x = shipped(*args)
+        factor = math.nan if logged else 1.0
+        return (x[0] * factor, *x[1:]) if isinstance(x, tuple) else x * factor
+    monkeypatch.setattr(ppo, name, spoil)
+    with pytest.raises(UserError, match=where):
+        ppo.main(ppo.Config(**made | PPO, ptx_coef=0.1))
+
+
+# ---- warnings ----
+
+FIRST = {"kl": 0.0, "entropy": 2.0, "eos": 0.8}
+
+
+@pytest.mark.parametrize("change, said", [({}, ""), ({"kl": 49.0}, ""), ({"kl": 51.0}, "--kl-coef"), ({"entropy": 0.21}, ""),
+                                          ({"entropy": 0.19}, "entropy"), ({"eos": 0.41}, ""), ({"eos": 0.39}, "--no-eos-score")])
+def test_warnings(change, said):
+    sentences = ppo.warnings(FIRST | change, FIRST)
+    assert len(sentences) == bool(said) and all(said in sentence for sentence in sentences)
+
+
+def test_a_warning_comes_once(made, monkeypatch, capsys):
+    shipped = ppo.rollout_stats
+    monkeypatch.setattr(ppo, "rollout_stats", lambda *args: shipped(*args) | {"kl": 60.0})
+    ppo.main(ppo.Config(**made | PPO))
+    assert capsys.readouterr().out.count("warning: the KL is above 50 nats a response") == 1
+
+
+def test_memory_does_not_grow_over_300_updates(made, monkeypatch):
+    """Resident memory after update 300 within 5% of that after update 50."""
+    sizes, shipped = {}, ppo.Log.__call__
+
+    def call(self, step, **numbers):
+        sizes[step] = int(open("/proc/self/statm").read().split()[1])
+        shipped(self, step, **numbers)
+    monkeypatch.setattr(ppo.Log, "__call__", call)
+    ppo.main(ppo.Config(**made | PPO | {"updates": 300, "batch": 4, "epochs": 1, "minibatches": 1, "save_every": 50, "max_new_tokens": 4}))
+    assert sizes[300] < 1.05 * sizes[50]
