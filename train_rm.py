@@ -31,7 +31,7 @@ class Config:
     out: str = "out"  # folder with sft.pt, and for the results
     pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
     epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
-    batch_tokens: int = 2048  # tokens in an optimizer step, padding included
+    batch_tokens: int = 1536  # tokens in an optimizer step, padding included
     lr: float = 5e-4  # peak of the learning rate
     dropout: float = 0.0  # rate while the reward model is trained
     wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this

@@ -296,7 +296,7 @@ def _line(rng, name, prompt, asked):
     if name.startswith("preferences"):
         # rankings alone did not teach that the prompt matters, nor that the order of words does
         draw = rng.random()
-        stories = (twins(rng, asked) if draw < 0.45 else damaged(rng, asked) if draw < 0.7
+        stories = (twins(rng, asked) if draw < 0.55 else damaged(rng, asked) if draw < 0.75
                    else responses(rng, asked, 4))
         return {"prompt": prompt, "responses": rank(rng, prompt, stories)}
     return {"prompt": prompt}
