@@ -260,7 +260,8 @@ def sample(logits, uniform, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None:
         ordered, index = logits.softmax(-1).sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
-        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(
+            -1, index, (before >= top_p) & (before > 0))  # the likeliest always stays
         logits = logits.masked_fill(outside, -torch.inf)
     cumulative = logits.softmax(-1).cumsum(-1)
     # (1 - uniform) lies in (0,1]: the first place that reaches it always has probability > 0

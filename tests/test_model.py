@@ -199,6 +199,16 @@ def test_generate_stops_at_the_first_new_eos_only(tiny, monkeypatch):
     assert not script
 
 
+def test_top_p_0_keeps_the_likeliest(rng):
+    logits = torch.randn(8, 17, generator=rng)
+    assert torch.equal(sample(logits, torch.rand(8, generator=rng), top_p=0.0), logits.argmax(-1))
+
+
+def test_the_head_turned_round_for_few_rows_gives_the_same(tiny):
+    h = torch.randn(5, 32)
+    torch.testing.assert_close(tiny().lm_head(h, few=True), tiny().lm_head(h), atol=1e-5, rtol=0)
+
+
 def test_generate_stops_altogether_when_all_rows_have(tiny, monkeypatch):
     gpt = tiny()
     steps = []
