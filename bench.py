@@ -61,7 +61,7 @@ class Config:
 
 
 GROWTH = {"batch": (8, 32, 128), "length": (64, 128, 256, 512), "d_model": (128, 256, 512, 768)}
-# part and shape: the least ratio of speed, and of memory, that issue 4 asks for
+# part and shape: the least ratio of speed, and of memory, to aim at
 RATIOS = {("generate", "demo"): (2.5, ""), ("generate", "30m"): (2.5, ""), ("generate", "gpt2"): (2.0, ""),
           ("ppo", "demo"): (2.0, ""), ("ppo", "30m"): (2.0, 2.0)}
 VERSIONS = ("import importlib.metadata as m; print('versions:', *(n + ' ' + m.version(n) for n in "

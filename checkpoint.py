@@ -3,6 +3,7 @@
 A checkpoint is {"kind", "config", "tokenizer", "weights", "pool"}: all that a later script needs.
 """
 import dataclasses
+import filecmp
 import os
 import pickletools
 import zipfile
@@ -20,12 +21,15 @@ NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch Fl
          "torch LongStorage"}
 
 
+def previous(path):
+    return path.with_name(f"{path.stem}.prev{path.suffix}")
+
+
 def keep_previous(path):
     """Move an earlier run's file to NAME.prev.EXT, one generation back, and say so."""
     if path.exists():
-        previous = path.with_name(f"{path.stem}.prev{path.suffix}")
-        os.replace(path, previous)
-        print(f"{path} is there already: kept as {previous}")
+        os.replace(path, previous(path))
+        print(f"{path} is there already: kept as {previous(path)}")
 
 
 def write(path, data, keep=False):
@@ -40,8 +44,8 @@ def write(path, data, keep=False):
         beside.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({getattr(error, 'strerror', 0) or 'disk full?'}); "
                         "what was saved before is kept") from None
-    if keep:
-        keep_previous(path)
+    if keep and not (previous(path).exists() and path.exists() and filecmp.cmp(beside, path, shallow=False)):
+        keep_previous(path)  # not the same result once more, as after a kill between save and finish
     os.replace(beside, path)
 
 
@@ -64,7 +68,7 @@ def load(model_class, path, dropout=0.0):
     try:
         fields, types = {**data["config"], "dropout": float(dropout)}, GPTConfig.__annotations__
         if not all(type(x) is types.get(name) and 0 <= x < 2**31 for name, x in fields.items()
-                   if types.get(name) is not str) or fields.get("n_layer", 1) > len(data["weights"]):
+                   ) or fields.get("n_layer", 1) > len(data["weights"]):
             raise ValueError("its config is unknown here, or impossible")
         config = GPTConfig(**fields)
         build = lambda: GPT(config) if model_class is GPT else RewardModel(Trunk(config), data["pool"])

@@ -464,13 +464,13 @@ def main(cfg):
     order = torch.Generator().manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     out = Path(cfg.out)
-    policy, ref, critic, reward, tokenizer = load_models(cfg, device)
-    judge = load_reward_model(Path(cfg.judge), policy, tokenizer, device) if cfg.judge else None
     folder, world = open_data(cfg.data)
     files = [folder / name for name in ("prompts.jsonl", "prompts_val.jsonl", "sft.jsonl")]
     files += [out / "sft.pt", out / "rm.pt", cfg.judge, cfg.reward.rpartition(":")[0]]
     state = State(out / "ppo.state.pt", cfg, files)
 
+    policy, ref, critic, reward, tokenizer = load_models(cfg, device)
+    judge = load_reward_model(Path(cfg.judge), policy, tokenizer, device) if cfg.judge else None
     room = policy.config.block_size - cfg.max_new_tokens - (critic.pool == "token")
     prompts = read_prompts(folder / "prompts.jsonl", cfg.skip_bad)
     prompts = encode_prompts(prompts, tokenizer, room, "prompts.jsonl")

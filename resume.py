@@ -52,6 +52,7 @@ class State:
         A part is a model, an optimizer, a generator, or a list or dict of plain numbers.
         """
         self.log, saved, self.saved = log, self.saved, None
+        self.step = saved["step"] if saved else 0
         generators = (torch.default_generator, *torch.cuda.default_generators)
         self.parts = parts | {f"rng{i}": generator for i, generator in enumerate(generators)}
         self.handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -69,16 +70,20 @@ class State:
 
     def after(self, step):
         """To be called at the end of every step: saves when it is time, and stops when it was asked to."""
-        if self.caught or self.every and step % self.every == 0:
+        stop, last = self.caught, step == self.log.steps  # read once: a signal may come at any moment
+        if stop or self.every and (last or step % self.every == 0):
             os.fsync(self.log.file.fileno())
             parts = {name: get_state(part) for name, part in self.parts.items()}
             write(self.path, {"start": self.start, "step": step, "log": self.log.file.tell(), "parts": parts})
-        if self.caught:
+        if stop:
             print(f"stopped after step {step} of {self.log.steps}: the same command with --resume goes on")
-            sys.exit(128 + self.caught)
+            sys.exit(128 + stop)
+        self.step = step
 
     def _stop(self, number, frame):
         self._restore_handlers()  # so once more stops at once
+        if self.step == self.log.steps:  # no step is left to finish
+            sys.exit(128 + number)
         self.caught = number
         os.write(2, b"\nfinishing this step\n")  # print may not be used in a signal handler
 
@@ -94,7 +99,13 @@ class State:
 
 
 def checksum(path):
-    return f"a file with CRC {zlib.crc32(Path(path).read_bytes()):x}" if os.path.isfile(path) else None
+    if not os.path.isfile(path):
+        return None
+    crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            crc = zlib.crc32(piece, crc)
+    return f"a file with CRC {crc:x}"
 
 
 def get_state(part):

@@ -21,7 +21,7 @@ def respond(gpt, tokenizer, prompt, args, generator):
     if room < 1:
         raise UserError(f"the prompt has {len(row)} tokens, and the model takes "
                         f"{gpt.config.block_size} with the response")
-    tokens, lengths = pad([row] * max(args.n, args.best_of), gpt.lm_head.weight.device)
+    tokens, lengths = pad([row] * (args.best_of or args.n), gpt.lm_head.weight.device)
     tokens, lengths = gpt.generate(tokens, lengths, min(room, args.max_new_tokens), args.temperature,
                                    args.top_k, args.top_p, tokenizer.eos, generator)
     return tokens, lengths, len(row)

@@ -230,12 +230,12 @@ def main(cfg):
     order = torch.Generator().manual_seed(cfg.seed)
     device = pick_device(cfg.device)
     out = Path(cfg.out)
-    gpt = load(GPT, out / "sft.pt", cfg.dropout).to(device)
-    tokenizer = load_tokenizer(out / "sft.pt")
     folder, world = open_data(cfg.data)
     names = ("preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl")
     state = State(out / "rm.state.pt", cfg, [out / "sft.pt", *(folder / name for name in names)])
 
+    gpt = load(GPT, out / "sft.pt", cfg.dropout).to(device)
+    tokenizer = load_tokenizer(out / "sft.pt")
     train = read_preferences(folder / "preferences.jsonl", cfg.skip_bad)
     val = read_preferences(folder / "preferences_val.jsonl", cfg.skip_bad)
     rm = RewardModel.from_gpt(gpt, cfg.pool).to(device)  # the head swap

@@ -137,6 +137,9 @@ def start(cfg, train):
 def check_model(gpt, device):
     """Raise UserError when model.py has lost what all stages rely on: causality, and a cache that changes
     nothing. For a gpt in train mode."""
+    if odd := [name for name, x in gpt.state_dict().items() if not x.is_floating_point()]:
+        raise UserError(f"self-check: {odd[0]} is no float, and a checkpoint holds nothing else: register it "
+                        "with persistent=False")
     V, T = gpt.config.vocab_size, min(16, gpt.config.block_size)
     tokens = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0)).to(device)
     logits, half, rows = gpt.eval()(tokens), T // 2, torch.arange(2, device=device)
@@ -167,9 +170,9 @@ def main(cfg):
     val = read_sft(folder / "sft_val.jsonl", cfg.skip_bad)
     gpt, tokenizer = start(cfg, train)
     gpt, block_size = gpt.to(device).train(), gpt.config.block_size
-    check_model(gpt, device)
     rows = encode(train, tokenizer, block_size, "sft.jsonl")
     val_rows = encode(val, tokenizer, block_size, "sft_val.jsonl")
+    check_model(gpt, device)
     lengths = [len(row) for row, _ in rows]
     optimizer = make_optimizer(gpt, cfg)
     steps = max(1, round(cfg.epochs * len(batches(lengths, cfg.batch_tokens))))

@@ -3,7 +3,8 @@
 #   bash runs/reviews.sh                   # downloads the archive
 #   bash runs/reviews.sh --from ARCHIVE    # has it already
 # One reward model learns from all sentences and is held against the raters. Two more learn from one
-# half each: PPO climbs the first, and the second judges what it did, having seen none of its sentences.
+# half each: PPO climbs the first, and the second judges what it did, having seen none of its ratings; all
+# of them start from one SFT model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} data=data/files/reviews out=${OUT:-out/reviews} seeds=${SEEDS:-1}

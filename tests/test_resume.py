@@ -219,6 +219,7 @@ def test_killed_at_every_write_nothing_is_lost(before, start, whole, fresh):
         code, text, _ = start(folder, "sft", *short, *["--resume"] * any(path.exists() for path in state))
         assert code == 0, text
         assert_same(folder, expected, "sft")
+        assert (folder / "out/sft.prev.pt").read_bytes() == (whole[0] / "out/sft.pt").read_bytes()
     assert n > 20
 
 
