@@ -87,6 +87,7 @@ def matrices(config):
 
 
 def sft_job(shape, device):
+    """One optimizer step of train_sft.py."""
     gpt, rows = GPT(config_of(shape)).to(device), random_rows(shape)
     optimizer = make_optimizer(gpt, train_sft.Config())
     _, mask = sft_batch(rows, device)
@@ -102,6 +103,7 @@ def sft_job(shape, device):
 
 
 def rm_job(shape, device):
+    """One optimizer step of train_rm.py on pairs."""
     rm = RewardModel(Trunk(config_of(shape))).to(device)
     rows = [row for row, _ in random_rows(shape)][: shape.batch // 2 * 2]
     optimizer = torch.optim.AdamW(rm.parameters(), lr=1e-5, fused=True)

@@ -399,6 +399,7 @@ def export(path, folder):
 
 
 def write_folder(folder, texts, weights):
+    """{file name: text} and {name: tensor} into a folder that is there whole or not at all."""
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         beside.mkdir(parents=True)

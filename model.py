@@ -81,6 +81,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x, positions, cache=None):
+        """x (B,T,C) at positions (T,), or (B,T) with a cache -> (B,T,C)."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B,H,T,D)

@@ -1,4 +1,4 @@
-"""README's tables of human ratings, from the logs of runs/reviews.sh: python runs/reviews_table.py FOLDER..."""
+"""Tables of human ratings from the logs of runs/reviews.sh: python runs/reviews_table.py FOLDER..."""
 import json
 import sys
 from pathlib import Path
