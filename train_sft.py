@@ -149,7 +149,7 @@ def check_model(gpt, device):
                         "not causal, so the model would learn to copy the answer")
     cache = KVCache(gpt.trunk, 2, T)
     gpt.trunk(tokens[:, :half], cache)
-    cache.length = torch.tensor([half, half - 1], device=device)  # rows of unequal length, as in generate
+    cache.trim(torch.tensor([half, half - 1], device=device))  # rows of unequal length, as in generate
     for at in [cache.length + i for i in range(T - half)]:
         if far(gpt.lm_head(gpt.trunk(tokens[rows, at][:, None], cache)[:, 0]), logits[rows, at]):
             raise UserError("self-check: with the KV cache the logits are not those of the whole text, so "

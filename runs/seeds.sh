@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The default pipeline with seeds 1 to 5, and its PPO again without a KL penalty; then README's table.
+# The default pipeline with seeds 1 to 5, and its PPO again without a KL penalty; then README's tables.
 # Two seeds at a time with one thread each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python} out=${OUT:-out/seeds}
-export OMP_NUM_THREADS=1
+export python=${PYTHON:-python} out=${OUT:-out/seeds} OMP_NUM_THREADS=1
 
 one_seed() {
+    set -euo pipefail
     local dir=$out/$1 free=$out/$1-no-kl
     mkdir -p "$dir" "$free"
     $python train_sft.py --seed $1 --out "$dir" > "$dir/log.txt"
@@ -15,12 +15,10 @@ one_seed() {
     cp "$dir/sft.pt" "$dir/rm.pt" "$free"
     $python ppo.py --seed $1 --out "$free" --kl-coef 0 > "$free/log.txt"
 }
+export -f one_seed
 
 $python -m data.stories
-(one_seed 1; one_seed 3; one_seed 5) & first=$!
-(one_seed 2; one_seed 4) & second=$!
-wait $first
-wait $second
+printf '%s\n' 1 2 3 4 5 | xargs -P 2 -I{} bash -c 'one_seed {}'
 $python runs/table.py "$out"/?
 echo
 $python runs/table.py "$out"/?-no-kl

@@ -106,7 +106,7 @@ def test_M8_cache_equals_full_forward_at_every_position(tiny, rng, chunks):
     cache = KVCache(gpt.trunk, B, P + sum(chunks))
     prefill = gpt.trunk(tokens, cache)
     torch.testing.assert_close(prefill, gpt.trunk(tokens), atol=1e-4, rtol=0)
-    cache.length = lengths.clone()
+    cache.trim(lengths)
     got = torch.cat([gpt.trunk(part, cache) for part in more.split(chunks, 1)], 1)
     torch.testing.assert_close(got, torch.stack(want), atol=1e-4, rtol=0)
     assert cache.length.tolist() == [n + sum(chunks) for n in lengths]
@@ -191,7 +191,7 @@ def test_by_default_the_model_itself_is_sampled(tiny, rng):
 def test_generate_stops_at_the_first_new_eos_only(tiny, monkeypatch):
     """An eos in the prompt ends nothing; the new one is counted, and what follows it is 0."""
     gpt = tiny()
-    monkeypatch.setattr(gpt.lm_head, "forward", lambda h, few: torch.nn.functional.one_hot(script.pop(0), 17) * 50.0)
+    monkeypatch.setattr(gpt.lm_head, "forward", lambda h: torch.nn.functional.one_hot(script.pop(0), 17) * 50.0)
     script = [torch.tensor([5, 6, 5]), torch.tensor([6, 5]), torch.tensor([2])]  # rows that are done are dropped
     tokens, lengths = gpt.generate(*padded([[6, 6], [6], [1, 2]]), 3, eos=6)
     assert lengths.tolist() == [4, 2, 5]
@@ -204,16 +204,11 @@ def test_top_p_0_keeps_the_likeliest(rng):
     assert torch.equal(sample(logits, torch.rand(8, generator=rng), top_p=0.0), logits.argmax(-1))
 
 
-def test_the_head_turned_round_for_few_rows_gives_the_same(tiny):
-    h = torch.randn(5, 32)
-    torch.testing.assert_close(tiny().lm_head(h, few=True), tiny().lm_head(h), atol=1e-5, rtol=0)
-
-
 def test_generate_stops_altogether_when_all_rows_have(tiny, monkeypatch):
     gpt = tiny()
     steps = []
     monkeypatch.setattr(gpt.lm_head, "forward",
-                        lambda h, few: steps.append(1) or torch.nn.functional.one_hot(torch.full((len(h),), 6), 17) * 50.0)
+                        lambda h: steps.append(1) or torch.nn.functional.one_hot(torch.full((len(h),), 6), 17) * 50.0)
     tokens, lengths = gpt.generate(*padded([[1, 2], [3]]), 20, eos=6)
     assert len(steps) == 1 and tokens.tolist() == [[1, 2, 6], [3, 6, 0]] and lengths.tolist() == [3, 2]
 
