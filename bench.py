@@ -56,7 +56,7 @@ class Config:
     batch: int = 64  # plan: prompts in a rollout
     prompt: int = 64  # plan: tokens of a prompt
     response: int = 64  # plan: tokens of a response
-    batch_tokens: int = ppo.Config.batch_tokens  # plan, check: --batch-tokens of ppo.py
+    micro_batch: int = ppo.Config.micro_batch  # plan, check: --micro-batch of ppo.py
     gpu_memory: float = 80.0  # plan: 10^9 bytes
 
 
@@ -291,7 +291,7 @@ def print_one(what, shape, cfg, device):
         ppo_jobs(Shape(2, 2, 32, 64, 8, 8, 4), device)["PPO update"].run()  # loads what torch loads late
         reset_peak(device)
         before = memory(device, "VmRSS")
-        update = ppo_jobs(shape, device, False, cfg.batch_tokens)["PPO update"]
+        update = ppo_jobs(shape, device, False, cfg.micro_batch)["PPO update"]
         update.run(), update.run()  # in the second one AdamW has its states
         print(f"{memory(device) - before} bytes")
 
@@ -315,10 +315,10 @@ def main(cfg):
     about = machine(device)
     print(", ".join(f"{name} {x}" for name, x in about.items() if x))
     if cfg.plan and cfg.check:
-        results = bench_plan.check(shapes, config_of, cfg.batch_tokens)
+        results = bench_plan.check(shapes, config_of, cfg.micro_batch)
     elif cfg.plan:
         config = bench_plan.MODELS[one_of(bench_plan.MODELS, cfg.model, "model")]
-        results = bench_plan.show(config, cfg.model, cfg.batch, cfg.prompt, cfg.response, cfg.batch_tokens,
+        results = bench_plan.show(config, cfg.model, cfg.batch, cfg.prompt, cfg.response, cfg.micro_batch,
                                   cfg.gpu_memory)
     else:
         results = bench_peers(cfg, shapes) if cfg.peers else bench_all(shape, cfg, device)

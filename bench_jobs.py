@@ -134,12 +134,12 @@ def ppo_models(shape, device):
     return [model.to(device).eval() for model in models]
 
 
-def ppo_jobs(shape, device, ragged=True, batch_tokens=ppo.Config.batch_tokens):
+def ppo_jobs(shape, device, ragged=True, micro_batch=ppo.Config.micro_batch):
     """One whole update, and its parts on their own."""
     policy, ref, critic, rm = ppo_models(shape, device)
     prompts, still = [row[:P] for row, P in random_rows(shape, ragged)], Still().to(device)
     # update_kl: no early end of the epochs, so the work is always the same
-    cfg = ppo.Config(max_new_tokens=shape.response, update_kl=math.inf, batch_tokens=batch_tokens)
+    cfg = ppo.Config(max_new_tokens=shape.response, update_kl=math.inf, micro_batch=micro_batch)
     adam = {model: torch.optim.AdamW(model.parameters(), lr=1e-5, eps=1e-5, weight_decay=0.0, fused=True)
             for model in (policy, critic, still)}
     order, eos = torch.Generator().manual_seed(0), shape.vocab_size  # an eos that no token is

@@ -85,36 +85,36 @@ def largest(config, batch, prompt, response, memory, checkpointed=False):
     return low
 
 
-def show(config, name, batch, prompt, response, batch_tokens, memory):
+def show(config, name, batch, prompt, response, micro_batch, memory):
     """Print the plan, and return it."""
     T = prompt + response
-    rows = max(1, min(batch, batch_tokens // T))
+    rows = max(1, min(batch, micro_batch // T))
     numbers = count_bytes(config, batch, prompt, response, rows)
     print(f"PPO with {name}, {batch} x ({prompt} + {response}) tokens, {rows * T} of them at a time, float32")
     for what, size in numbers.items():
         unit = f"{size / 1e6:12.3f} MB" if "a token" in what else f"{size / 1e9:12.3f} GB"
         print(f"  {what:<36}{unit}")
-    for how, checkpointed in (("as it is", False), ("with every block checkpointed", True)):
+    for how, checkpointed in (("as it is", False), ("with --checkpoint-activations", True)):
         most = largest(config, batch, prompt, response, memory * 1e9, checkpointed)
-        print(f"  in {memory:g} GB, {how}: " + (f"--batch-tokens {most * T} ({most} texts)" if most
+        print(f"  in {memory:g} GB, {how}: " + (f"--micro-batch {most * T} ({most} texts)" if most
               else f"not even one text of {T} tokens fits"))
-        numbers[f"batch_tokens {how}"] = most * T
+        numbers[f"micro_batch {how}"] = most * T
     return numbers
 
 
-def check(shapes, config_of, batch_tokens):
+def check(shapes, config_of, micro_batch):
     """Planned and measured peak of an update at each shape, in a process of its own."""
     # so that memory goes back when it is freed, as the plan counts: the process's peak is what is needed
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     bench, results = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench.py"), {}
     for name, shape in shapes.items():
         command = [sys.executable, bench, "--only", "memory", "--shape", name, "--device", "cpu",
-                   "--batch-tokens", str(batch_tokens)]
+                   "--micro-batch", str(micro_batch)]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         found = re.search(r"(\d+) bytes", done.stdout)
         if not found:
             raise UserError(f"{' '.join(command)} failed: {(done.stderr.splitlines() or ['no word'])[-1]}")
-        rows = max(1, min(shape.batch, batch_tokens // (shape.prompt + shape.response)))
+        rows = max(1, min(shape.batch, micro_batch // (shape.prompt + shape.response)))
         planned = count_bytes(config_of(shape), shape.batch, shape.prompt, shape.response, rows)["peak"]
         results[name] = {"planned": planned, "measured": int(found[1]), "ratio": planned / int(found[1])}
         print(f"{name:<6} planned {planned / 1e6:8.1f} MB  measured {int(found[1]) / 1e6:8.1f} MB  "

@@ -45,6 +45,12 @@ def pick_device(name):
     return torch.device(name)
 
 
+def ready(model, cfg, device):
+    """The model on its device, computing as the flags say."""
+    model.trunk.tune(cfg.bf16, cfg.checkpoint_activations, cfg.compile)
+    return model.to(device)
+
+
 def pad(rows, device="cpu"):
     """Lists of token ids -> tokens (B,T) filled up with 0 on the right, lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])

@@ -133,6 +133,7 @@ class Trunk(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.bf16 = self.recompute = False  # see `tune`
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.block_size, config.d_model)
         self.drop = nn.Dropout(config.dropout)
@@ -151,6 +152,15 @@ class Trunk(nn.Module):
         if isinstance(module, (Attention, MLP)):  # GPT-2, section 2.3: residual branches start small
             nn.init.normal_(module.proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
+    def tune(self, bf16, recompute, compile):
+        """How it is computed. bf16: the blocks' matrix products in bfloat16, residuals, norms and heads stay
+        float32. recompute: only each block's input is kept for the backward pass, which computes the block
+        again (Chen et al. 2016). compile: torch.compile for all but `generate`."""
+        self.bf16, self.recompute = bf16, recompute
+        if compile:
+            self.compile(dynamic=True)  # lengths differ from batch to batch
+        return self
+
     def forward(self, tokens, cache=None):
         """tokens (B,T) -> h (B,T,C), after the final norm.
 
@@ -166,8 +176,12 @@ class Trunk(nn.Module):
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
         positions = cache.advance(T) if cache else torch.arange(T, device=x.device)
         x = self.drop(x + self.wpe(positions))
-        for block in self.blocks:
-            x = block(x, positions, cache)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for block in self.blocks:
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(block, x, positions, cache, use_reentrant=False)
+                else:
+                    x = block(x, positions, cache)
         return self.ln_f(x)
 
 
@@ -220,7 +234,8 @@ class GPT(nn.Module):
         uniform = torch.rand(B, max_new_tokens, generator=generator, device=tokens.device)
         cache = KVCache(self.trunk, B, P + max_new_tokens)
         rows = torch.arange(B, device=tokens.device)  # which row of the batch each live row is
-        h = self.trunk(tokens, cache)[rows, lengths - 1]  # (B,C)
+        read = self.trunk.forward  # not the compiled one: the cache's shapes change at every step
+        h = read(tokens, cache)[rows, lengths - 1]  # (B,C)
         cache.trim(lengths)
         real = torch.arange(P, device=tokens.device) < lengths[:, None]
         tokens = F.pad(tokens * real, (0, max_new_tokens))
@@ -240,7 +255,7 @@ class GPT(nn.Module):
                     cache.keep(going)
                     rows, token, done = rows[going], token[going], done[going]
             if step + 1 < max_new_tokens:
-                h = self.trunk(token[:, None], cache)[:, 0]
+                h = read(token[:, None], cache)[:, 0]
         return tokens[:, : int(lengths.max())], lengths
 
 

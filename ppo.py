@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from common import (Log, UserError, batches, clip_and_step, finite, load, load_tokenizer, pad,
-                    pick_device, run, save)
+                    pick_device, ready, run, save)
 from data.records import open_data, read_prompts, read_sft
 from model import GPT, RewardModel
 from resume import State
@@ -47,7 +47,7 @@ class Config:
     temperature: float = 1.0  # of sampling and of every log-prob
     epochs: int = 4  # passes over each rollout
     minibatches: int = 1  # optimizer steps in a pass
-    batch_tokens: int = 4096  # tokens in a forward pass, padding included; changes no result
+    micro_batch: int = 4096  # tokens in a forward pass, padding included; changes no result
     lr: float = 3e-4  # peak for the policy; warm-up over 5 updates, then linear to 0
     critic_lr: float = 3e-4  # the same for the critic
     kl_coef: float = 0.05  # price of a nat of KL to the reference, in standard deviations of score
@@ -63,6 +63,9 @@ class Config:
     resume: bool = False  # go on from the last saved state
     seed: int = 1  # of order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
+    bf16: bool = False  # the blocks' matrix products in bfloat16
+    checkpoint_activations: bool = False  # less memory, a third more work: blocks are computed twice
+    compile: bool = False  # torch.compile for all but generation; needs a C++ compiler
     skip_bad: bool = False  # leave out lines that can't be used, and count them
 
 
@@ -178,7 +181,7 @@ def assess(batch, policy, ref, critic, reward, cfg, where="held out"):
     device = batch["tokens"].device
     new = {name: torch.zeros(B, T - 1, device=device) for name in ("logp", "ref_logp", "value")}
     new["score"] = torch.zeros(B, device=device)
-    for index, b in micro_batches(batch, range(B), cfg.batch_tokens):
+    for index, b in micro_batches(batch, range(B), cfg.micro_batch):
         t = b["mask"].shape[1]
         new["logp"][index, :t] = token_logps(policy, b["tokens"], cfg.temperature, b["mask"])
         new["ref_logp"][index, :t] = token_logps(ref, b["tokens"], cfg.temperature, b["mask"])
@@ -228,7 +231,7 @@ def minibatch_backward(policy, critic, batch, part, cfg):
     """Gradients of a minibatch, rows `part`, left in .grad of policy and critic; returns its numbers."""
     total = batch["mask"][part].sum()
     stats = {"ratio": 0.0, "clipped": 0.0, "update_kl": 0.0, "value_loss": 0.0}
-    for _, b in micro_batches(batch, part, cfg.batch_tokens):
+    for _, b in micro_batches(batch, part, cfg.micro_batch):
         share, mask = b["mask"].sum() / total, b["mask"]
         logp = token_logps(policy, b["tokens"], cfg.temperature, mask)
         loss, clipped = policy_loss(logp, b["logp"], b["adv"], mask, cfg.clip)
@@ -300,20 +303,21 @@ def import_function(name):
 def load_models(cfg, device):
     """policy, reference, critic, reward function, tokenizer from out/sft.pt, out/rm.pt or --reward."""
     out = Path(cfg.out)
-    policy, tokenizer = load(GPT, out / "sft.pt").to(device), load_tokenizer(out / "sft.pt")
-    ref = copy.deepcopy(policy).requires_grad_(False)
+    policy, tokenizer = ready(load(GPT, out / "sft.pt"), cfg, device), load_tokenizer(out / "sft.pt")
+    ref = ready(copy.deepcopy(policy), cfg, device).requires_grad_(False)
     if cfg.reward:
         reward = text_reward(import_function(cfg.reward), cfg.reward, tokenizer)
-        critic = RewardModel.from_gpt(policy)
+        critic = ready(RewardModel.from_gpt(policy), cfg, device)
         torch.nn.init.zeros_(critic.reward_head.weight)  # nothing is known of these scores: start at 0
         return policy, ref, critic, reward, tokenizer
-    rm = load_reward_model(out / "rm.pt", policy, tokenizer, device)
-    return policy, ref, copy.deepcopy(rm).requires_grad_(True), model_reward(rm), tokenizer
+    rm = load_reward_model(out / "rm.pt", policy, tokenizer, cfg, device)
+    critic = ready(copy.deepcopy(rm), cfg, device).requires_grad_(True)
+    return policy, ref, critic, model_reward(rm), tokenizer
 
 
-def load_reward_model(path, policy, tokenizer, device):
+def load_reward_model(path, policy, tokenizer, cfg, device):
     """A frozen reward model that can read what the policy writes."""
-    rm = load(RewardModel, path).to(device).requires_grad_(False)
+    rm = ready(load(RewardModel, path), cfg, device).requires_grad_(False)
     shorter = rm.config.block_size < policy.config.block_size
     if load_tokenizer(path).spec() != tokenizer.spec() or shorter:
         raise UserError(f"{path} was trained with another tokenizer, or for shorter texts, than the "
@@ -452,7 +456,8 @@ def check_start(policy, ref, critic, prompts, eos, cfg, device):
     stats = minibatch_backward(policy, critic, batch, range(len(batch["mask"])), cfg)
     policy.zero_grad(set_to_none=True)
     critic.zero_grad(set_to_none=True)
-    limit = 1e-5 if device.type == "cpu" else 1e-2  # a GPU may take other kernels where gradients are needed
+    exact = device.type == "cpu" and not (cfg.bf16 or cfg.compile)
+    limit = 1e-5 if exact else 1e-2  # there, other kernels may be taken where gradients are needed
     if abs(stats["ratio"] - 1) > limit or stats["update_kl"] > limit**2:
         raise UserError("self-check: the ratio is not 1 before the first step: the update computes other "
                         "log-probs than the rollout; does model.py depend on gradients being needed?")
@@ -470,7 +475,7 @@ def main(cfg):
     state = State(out / "ppo.state.pt", cfg, files)
 
     policy, ref, critic, reward, tokenizer = load_models(cfg, device)
-    judge = load_reward_model(Path(cfg.judge), policy, tokenizer, device) if cfg.judge else None
+    judge = load_reward_model(Path(cfg.judge), policy, tokenizer, cfg, device) if cfg.judge else None
     room = policy.config.block_size - cfg.max_new_tokens - (critic.pool == "token")
     prompts = read_prompts(folder / "prompts.jsonl", cfg.skip_bad)
     prompts = encode_prompts(prompts, tokenizer, room, "prompts.jsonl")

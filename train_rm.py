@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from common import (Log, UserError, batches, clip_and_step, far, finite, load, load_tokenizer,
-                    pad, pick_device, run, save, set_lr, shuffled)
+                    pad, pick_device, ready, run, save, set_lr, shuffled)
 from data.records import open_data, read_preferences, read_prompts
 from model import GPT, RewardModel
 from resume import State
@@ -32,6 +32,7 @@ class Config:
     pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
     epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
     batch_tokens: int = 1536  # tokens in an optimizer step, padding included
+    micro_batch: int = 16384  # tokens in a forward pass, padding included; changes no result
     lr: float = 5e-4  # peak of the learning rate
     dropout: float = 0.0  # rate while the reward model is trained
     wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this
@@ -39,6 +40,9 @@ class Config:
     resume: bool = False  # go on from the last saved state
     seed: int = 1  # of the head, order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
+    bf16: bool = False  # the blocks' matrix products in bfloat16
+    checkpoint_activations: bool = False  # less memory, a third more work: blocks are computed twice
+    compile: bool = False  # torch.compile for all but generation; needs a C++ compiler
     skip_bad: bool = False  # leave out lines that can't be used, and count them
 
 
@@ -98,6 +102,21 @@ def ranking_loss(scores, groups):
     weight = pair / count.clamp(min=1)[:, None, None] / (count > 0).sum().clamp(min=1)
     right = accuracy(gap)
     return -(F.logsigmoid(gap) * weight).sum(), (right * weight).sum()
+
+
+def ranking_backward(rm, groups, micro_batch, device, step):
+    """Gradients of the loss of `groups`, left in .grad, piece by piece; returns (loss, accuracy)."""
+    ordered = lambda some: sum(len(set(group.ranks)) > 1 for group in some)  # prompts that make a pair
+    loss = right = 0.0
+    for piece in batches([sum(map(len, group.rows)) for group in groups], micro_batch):
+        some = [groups[i] for i in piece]
+        scores = rm.score(*pad([row for group in some for row in group.rows], device))
+        numbers = ranking_loss(scores, [group.ranks for group in some])
+        part, part_right = (x * (ordered(some) / max(1, ordered(groups))) for x in numbers)
+        finite(f"step {step}", loss=part)
+        part.backward()
+        loss, right = loss + part.item(), right + part_right.item()
+    return loss, right
 
 
 def score_rows(rm, rows, budget, device):
@@ -234,12 +253,13 @@ def main(cfg):
     names = ("preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl")
     state = State(out / "rm.state.pt", cfg, [out / "sft.pt", *(folder / name for name in names)])
 
-    gpt = load(GPT, out / "sft.pt", cfg.dropout).to(device)
+    gpt = ready(load(GPT, out / "sft.pt", cfg.dropout), cfg, device)
     tokenizer = load_tokenizer(out / "sft.pt")
     train = read_preferences(folder / "preferences.jsonl", cfg.skip_bad)
     val = read_preferences(folder / "preferences_val.jsonl", cfg.skip_bad)
     rm = RewardModel.from_gpt(gpt, cfg.pool).to(device)  # the head swap
     check_scores(rm, device)
+    rm = ready(rm, cfg, device)
     room = rm.config.block_size - (cfg.pool == "token")
     groups = encode(train, tokenizer, room, "preferences.jsonl")
     sizes = [sum(map(len, group.rows)) for group in groups]
@@ -256,13 +276,10 @@ def main(cfg):
     done = state.begin(log, rm=rm, optimizer=optimizer)
     for step, index in shuffled(sizes, cfg.batch_tokens, order, done, steps):
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
-        scores = rm.score(*pad([row for i in index for row in groups[i].rows], device))
-        loss, right = ranking_loss(scores, [groups[i].ranks for i in index])
-        finite(f"step {step}", loss=loss)
-        loss.backward()
+        loss, right = ranking_backward(rm, [groups[i] for i in index], cfg.micro_batch, device, step)
         norm = clip_and_step(rm, optimizer, 1.0, step)
         if step % 25 == 0 or step == steps:
-            log(step, loss=loss.item(), accuracy=right.item(), lr=lr, grad_norm=norm)
+            log(step, loss=loss, accuracy=right, lr=lr, grad_norm=norm)
         state.after(step)
 
     rm.eval()

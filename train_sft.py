@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from common import (Log, UserError, batches, clip_and_step, far, finite, load, load_tokenizer,
-                    pad, pick_device, run, save, set_lr, shuffled)
+                    pad, pick_device, ready, run, save, set_lr, shuffled)
 from data.records import open_data, read_sft
 from data.tokenizer import get_tokenizer, train_tokenizer
 from model import GPT, GPTConfig, KVCache
@@ -35,12 +35,16 @@ class Config:
     dropout: float = 0.0  # rate; 0 is right for one or two passes over the data
     epochs: float = 3.0  # passes over the demonstrations
     batch_tokens: int = 2048  # tokens in an optimizer step, padding included
+    micro_batch: int = 16384  # tokens in a forward pass, padding included; changes no result
     lr: float = 4e-3  # peak of the learning rate
     weight_decay: float = 0.1  # on matrices only
     save_every: int = 200  # steps after which the state is saved, to go on from; 0: never
     resume: bool = False  # go on from the last saved state
     seed: int = 1  # of weights, order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
+    bf16: bool = False  # the blocks' matrix products in bfloat16
+    checkpoint_activations: bool = False  # less memory, a third more work: blocks are computed twice
+    compile: bool = False  # torch.compile for all but generation; needs a C++ compiler
     skip_bad: bool = False  # leave out lines that can't be used, and count them
 
 
@@ -85,6 +89,17 @@ def sft_loss(gpt, tokens, mask):
     """
     h = gpt.trunk(tokens[:, :-1])[mask]  # (N,C)
     return -gpt.logps(h, tokens[:, 1:][mask]).sum(), int(mask.sum())
+
+
+def sft_backward(gpt, rows, micro_batch, device, step):
+    """Gradients of the loss of `rows`, left in .grad, piece by piece; returns nats per supervised token."""
+    count, total = sum(len(row) - P for row, P in rows), 0.0
+    for piece in batches([len(row) for row, _ in rows], micro_batch):
+        loss, _ = sft_loss(gpt, *sft_batch([rows[i] for i in piece], device))
+        finite(f"step {step}", loss=loss)
+        (loss / count).backward()
+        total += loss.item()
+    return total / count
 
 
 @torch.no_grad()
@@ -136,7 +151,7 @@ def start(cfg, train):
 @torch.inference_mode()
 def check_model(gpt, device):
     """Raise UserError when model.py has lost what all stages rely on: causality, and a cache that changes
-    nothing. For a gpt in train mode."""
+    nothing."""
     if odd := [name for name, x in gpt.state_dict().items() if not x.is_floating_point()]:
         raise UserError(f"self-check: {odd[0]} is no float, and a checkpoint holds nothing else: register it "
                         "with persistent=False")
@@ -148,13 +163,12 @@ def check_model(gpt, device):
         raise UserError("self-check: the logits of a token change with the tokens after it: model.py is "
                         "not causal, so the model would learn to copy the answer")
     cache = KVCache(gpt.trunk, 2, T)
-    gpt.trunk(tokens[:, :half], cache)
+    gpt.trunk.forward(tokens[:, :half], cache)
     cache.trim(torch.tensor([half, half - 1], device=device))  # rows of unequal length, as in generate
     for at in [cache.length + i for i in range(T - half)]:
-        if far(gpt.lm_head(gpt.trunk(tokens[rows, at][:, None], cache)[:, 0]), logits[rows, at]):
+        if far(gpt.lm_head(gpt.trunk.forward(tokens[rows, at][:, None], cache)[:, 0]), logits[rows, at]):
             raise UserError("self-check: with the KV cache the logits are not those of the whole text, so "
                             "generate in model.py would sample from another model than is trained")
-    gpt.train()
 
 
 def main(cfg):
@@ -169,10 +183,10 @@ def main(cfg):
     train = read_sft(folder / "sft.jsonl", cfg.skip_bad)
     val = read_sft(folder / "sft_val.jsonl", cfg.skip_bad)
     gpt, tokenizer = start(cfg, train)
-    gpt, block_size = gpt.to(device).train(), gpt.config.block_size
+    check_model(gpt.to(device), device)
+    gpt, block_size = ready(gpt, cfg, device).train(), gpt.config.block_size
     rows = encode(train, tokenizer, block_size, "sft.jsonl")
     val_rows = encode(val, tokenizer, block_size, "sft_val.jsonl")
-    check_model(gpt, device)
     lengths = [len(row) for row, _ in rows]
     optimizer = make_optimizer(gpt, cfg)
     steps = max(1, round(cfg.epochs * len(batches(lengths, cfg.batch_tokens))))
@@ -184,12 +198,10 @@ def main(cfg):
     done = state.begin(log, gpt=gpt, optimizer=optimizer)
     for step, index in shuffled(lengths, cfg.batch_tokens, order, done, steps):
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
-        loss, count = sft_loss(gpt, *sft_batch([rows[i] for i in index], device))
-        finite(f"step {step}", loss=loss)
-        (loss / count).backward()
+        loss = sft_backward(gpt, [rows[i] for i in index], cfg.micro_batch, device, step)
         norm = clip_and_step(gpt, optimizer, 1.0, step)
         if step % 25 == 0 or step == steps:
-            log(step, loss=loss.item() / count, lr=lr, grad_norm=norm)
+            log(step, loss=loss, lr=lr, grad_norm=norm)
         if step % 100 == 0:
             show_sample(gpt, tokenizer, val[0][0], block_size, device)
         state.after(step)

@@ -18,4 +18,4 @@ fi
 $python train_sft.py --data $data --out $out --init $init --epochs 1 --batch-tokens 16384 --lr 1e-4 $few_sft
 $python train_rm.py --data $data --out $out --batch-tokens 16384 --lr 1.5e-5 $few_rm
 $python ppo.py --data $data --out $out --updates 400 --batch 256 --max-new-tokens 64 \
-    --batch-tokens 16384 --lr 1e-5 --critic-lr 1e-5 $few_ppo
+    --micro-batch 16384 --lr 1e-5 --critic-lr 1e-5 $few_ppo

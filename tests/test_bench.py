@@ -183,7 +183,7 @@ def test_plan_prints_and_allocates_nothing(capsys):
     bench.main(Config(plan=True, model="gpt2-xl", batch=64, prompt=512, response=128, gpu_memory=80.0))
     assert (bench.memory(CPU) or 0) - before < 100e6
     printed = capsys.readouterr().out
-    assert re.search(r"policy +6\.230 GB", printed) and re.search(r"checkpointed: --batch-tokens \d+", printed)
+    assert re.search(r"policy +6\.230 GB", printed) and re.search(r"activations: --micro-batch \d+", printed)
 
 
 # ---- mistakes ----

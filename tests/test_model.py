@@ -92,6 +92,32 @@ def test_too_long_is_an_error(tiny):
         GPTConfig(d_model=30, n_head=4)
 
 
+def test_recompute_gives_the_same_gradients_and_keeps_less(tiny):
+    tokens, kept = torch.randint(17, (3, 9)), {}
+    grads = {}
+    for recompute in (False, True):
+        gpt = tiny()
+        gpt.trunk.tune(bf16=False, recompute=recompute, compile=False)
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: numbers.append(x.numel()) or x, lambda x: x):
+            loss = gpt(tokens).logsumexp(-1).sum()
+        loss.backward()
+        kept[recompute], grads[recompute] = sum(numbers), [p.grad for p in gpt.parameters()]
+    assert kept[True] < kept[False] / 2
+    for a, b in zip(grads[True], grads[False]):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_is_in_the_blocks_only(tiny):
+    gpt, tokens = tiny(), torch.randint(17, (3, 9))
+    plain = gpt.trunk(tokens)
+    gpt.trunk.tune(bf16=True, recompute=False, compile=False)
+    h = gpt.trunk(tokens)
+    assert h.dtype == gpt(tokens).dtype == torch.float32
+    assert not torch.equal(h, plain)
+    torch.testing.assert_close(h, plain, atol=0.1, rtol=0.05)
+
+
 # ---- cache ----
 
 @torch.no_grad()

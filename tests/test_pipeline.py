@@ -23,7 +23,7 @@ from model import GPT, GPTConfig, RewardModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"tokenizer": "bytes", "n_layer": 1, "n_head": 2, "d_model": 32, "block_size": 32, "batch_tokens": 512, "device": "cpu"}
-PPO = {"updates": 3, "batch": 8, "max_new_tokens": 8, "epochs": 2, "minibatches": 2, "batch_tokens": 256, "device": "cpu"}
+PPO = {"updates": 3, "batch": 8, "max_new_tokens": 8, "epochs": 2, "minibatches": 2, "micro_batch": 256, "device": "cpu"}
 
 
 def jsonl(path, rows):
@@ -122,9 +122,51 @@ def test_B10_same_seed_same_run(made, run):
 
 
 def test_the_size_of_micro_batches_changes_no_result(made, run):
-    small = steps(run(batch_tokens=40) / "ppo.jsonl")
+    small = steps(run(micro_batch=40) / "ppo.jsonl")
     for a, b in zip(small, steps(made / "out/ppo.jsonl")):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"micro_batch": 40}, {"checkpoint_activations": True}])
+def test_what_saves_memory_changes_no_result(made, tmp_path, how):
+    """micro_batch and checkpoint_activations in SFT and reward model: the same log to rounding, weights too."""
+    where = {"data": str(made / "data"), "out": str(tmp_path)}
+    train_sft.main(train_sft.Config(**where, **SIZES, epochs=1, **how))
+    shutil.copy(made / "out/sft.pt", tmp_path)
+    train_rm.main(train_rm.Config(**where, batch_tokens=512, device="cpu", **how))
+    for name in ("sft", "rm"):
+        for a, b in zip(steps(tmp_path / f"{name}.jsonl"), steps(made / f"out/{name}.jsonl"), strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    a, b = (load(RewardModel, folder / "rm.pt").state_dict() for folder in (tmp_path, made / "out"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-3, rtol=1e-3)
+
+
+def test_bf16_runs_all_stages_and_learns_the_same(made, tmp_path):
+    where = {"data": str(made / "data"), "out": str(tmp_path), "bf16": True}
+    train_sft.main(train_sft.Config(**where, **SIZES, epochs=1))
+    train_rm.main(train_rm.Config(**where, batch_tokens=512, device="cpu"))
+    ppo.main(ppo.Config(**where, **PPO))
+    a, b = (lines(folder / "sft.jsonl")[-1]["report"]["val_loss"] for folder in (tmp_path, made / "out"))
+    assert a != b and a == pytest.approx(b, rel=0.02)
+    assert steps(tmp_path / "ppo.jsonl")[0]["kl"] == 0
+    assert all(x.dtype == torch.float32 for x in load(GPT, tmp_path / "ppo.pt").parameters())
+
+
+def test_compile_gives_the_same_gradients_and_changes_no_name(monkeypatch):
+    """With the tracing of torch.compile, and without its C++ compiler, which takes a minute."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend="aot_eager", **how))
+    gpt = GPT(GPTConfig(17, 32, 2, 2, 16)).eval()
+    fast, tokens = GPT(gpt.config).eval(), torch.randint(17, (3, 9))
+    fast.load_state_dict(gpt.state_dict())
+    fast.trunk.tune(False, False, True)
+    assert list(fast.state_dict()) == list(gpt.state_dict())
+    for model in (gpt, fast):
+        model(tokens).logsumexp(-1).sum().backward()
+    for (name, a), b in zip(gpt.named_parameters(), fast.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4, msg=name)
+    assert torch.equal(*(m.generate(tokens, torch.tensor([9, 4, 2]), 5, temperature=0)[0] for m in (gpt, fast)))
 
 
 @pytest.mark.parametrize("with_function", [False, True])
@@ -225,7 +267,7 @@ def test_P30_a_reward_function_moves_the_letter_a(tmp_path, sign, target):
     (tmp_path / "mine.py").write_text(f"def more_a(prompts, responses):\n"
                                       f"    return [{sign}5 * r.count('a') / max(1, len(r)) for r in responses]\n")
     ppo.main(ppo.Config(**where, **{**PPO, "updates": 40, "batch": 32, "minibatches": 1, "epochs": 4, "lr": 2e-3,
-                                    "critic_lr": 2e-3, "batch_tokens": 1024, "update_kl": 0.1},
+                                    "critic_lr": 2e-3, "micro_batch": 1024, "update_kl": 0.1},
                         reward=f"{tmp_path / 'mine.py'}:more_a"))
     tokenizer, share = get_tokenizer("bytes"), {}
     tokens, lengths = torch.tensor([list(b"x:")] * 200), torch.full((200,), 2)

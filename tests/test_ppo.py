@@ -302,7 +302,7 @@ def test_T4_T6_assess():
     """Only rows without eos get no_eos_score, only that; the reward model sees the text up to the eos; the
     tokens stay as they were; nothing needs a gradient (P18)."""
     seen = []
-    cfg = Config(max_new_tokens=10, no_eos_score=-7.5, batch_tokens=40)
+    cfg = Config(max_new_tokens=10, no_eos_score=-7.5, micro_batch=40)
     policy, ref, critic = tiny_gpt(std=.1), tiny_gpt(5), RewardModel.from_gpt(tiny_gpt(6))
     batch = plain(rollout(policy, [[1, EOS, 2], [3], [4, 5]] * 8, EOS, cfg, gen(1)))
     digest = hashlib.sha256(batch["tokens"].numpy().tobytes()).hexdigest()
@@ -445,7 +445,7 @@ def test_B2_K7_expected_gradient_is_that_of_the_objective():
     tokens, lengths = pad([[0, *s] for s in every if s not in prefixes])
     P, score, kl_coef = torch.ones_like(lengths), normal(15, seed=3), 0.7
     batch = {"tokens": tokens, "lengths": lengths, "P": P, "mask": response_mask(lengths, P, 4), "ended": torch.ones(15, dtype=torch.bool)}
-    batch = plain(assess(batch, policy, ref, Constant(), lambda *_: score, Config(batch_tokens=10**6)))
+    batch = plain(assess(batch, policy, ref, Constant(), lambda *_: score, Config(micro_batch=10**6)))
     reward = plain(advantages(batch, kl_coef, 1.0))["reward"]
     adv, _ = gae(reward, torch.zeros_like(reward), batch["mask"], 1.0, 1.0)
     logp = token_logps(policy, tokens, 1.0, batch["mask"])
@@ -464,7 +464,7 @@ def test_B2_K7_expected_gradient_is_that_of_the_objective():
 
 def test_P9_first_pass_has_ratio_exactly_one(monkeypatch):
     """Log-probs of the update are bit for bit those of the judge, in every micro-batch of the first pass."""
-    policy, _, critic, _, cfg, batch = make_batch(B=32, epochs=1, temperature=0.7, batch_tokens=4096)
+    policy, _, critic, _, cfg, batch = make_batch(B=32, epochs=1, temperature=0.7, micro_batch=4096)
     seen, losses, shipped = [], [], ppo.policy_loss
 
     def spy(logp, old, adv, mask, clip):
@@ -480,7 +480,7 @@ def test_P9_first_pass_has_ratio_exactly_one(monkeypatch):
 
 
 def test_P9_first_pass_in_other_micro_batches_is_one_to_rounding():
-    policy, _, critic, _, cfg, batch = make_batch(B=32, batch_tokens=64, minibatches=4)
+    policy, _, critic, _, cfg, batch = make_batch(B=32, micro_batch=64, minibatches=4)
     for part in torch.randperm(32, generator=gen(1)).chunk(4):
         stats = minibatch_backward(policy, critic, batch, part.tolist(), cfg)
         assert stats["ratio"] == pytest.approx(1, abs=1e-5) and stats["update_kl"] < 1e-9 and stats["clipped"] == 0
@@ -517,7 +517,7 @@ def test_P17_micro_batches_change_no_gradient():
     expected = grads(policy, critic)
     policy.zero_grad(), critic.zero_grad()
     parts = len(list(micro_batches(batch, range(24), 30)))
-    split = minibatch_backward(policy, critic, batch, list(range(24)), Config(batch_tokens=30))
+    split = minibatch_backward(policy, critic, batch, list(range(24)), Config(micro_batch=30))
     assert parts > 3 and len({int(n) for n in batch["lengths"]}) > 3
     for a, b in zip(grads(policy, critic), expected):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

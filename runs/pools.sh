@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The four ways to read a text, each a reward model on the same trunk; after runs/seeds.sh, whose SFT model
+# and last-token reward model of seed 1 are used.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export python=${PYTHON:-python} out=${OUT:-out/seeds}/1 OMP_NUM_THREADS=1
+
+one_pool() {
+    mkdir -p "$out-$1"
+    cp "$out/sft.pt" "$out-$1"
+    $python train_rm.py --out "$out-$1" --pool $1 > "$out-$1/log.txt"
+}
+export -f one_pool
+
+printf '%s\n' mean max token | xargs -P 2 -I{} bash -c 'one_pool {}'
+grep -H "held-out pairs" "$out/log.txt" "$out"-{mean,max,token}/log.txt
