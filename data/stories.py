@@ -271,6 +271,8 @@ def make(folder=FOLDER, seed=0):
     """Write the data set unless it is there; returns its folder. Heroes and things meet in a prompt of
     validation that never meet in one of training."""
     if folder.exists():
+        if os.path.getmtime(__file__) > os.path.getmtime(folder):
+            print(f"data/stories.py is newer than {folder}, which stays as it is: delete it to make it anew")
         return folder
     rng = random.Random(seed)
     pairs = list(itertools.product(HEROES, THINGS))

@@ -1,6 +1,7 @@
 """data/stories.py: what the gold score must and must not reward, the rater's odds, and the files."""
 import json
 import math
+import os
 import random
 import re
 from statistics import mean
@@ -243,6 +244,10 @@ def test_data_is_the_same_every_time_and_made_once(folder, tmp_path, monkeypatch
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "other"]  # no half-made folder beside them
     (again / "sft.jsonl").write_text("mine")
     assert stories.make(again) == again and (again / "sft.jsonl").read_text() == "mine"
+    assert "newer" not in capsys.readouterr().out
+    os.utime(again, (0, 0))  # as if stories.py had been changed since
+    stories.make(again)
+    assert "stories.py is newer" in capsys.readouterr().out and (again / "sft.jsonl").read_text() == "mine"
 
 
 def test_stories_is_the_name_of_the_built_in_data(folder, monkeypatch):
