@@ -234,7 +234,7 @@ def test_best_ranked_is_better_than_worst_ranked(folder):
     assert first > last + 0.2
 
 
-def test_data_is_the_same_every_time_and_made_once(folder, tmp_path, monkeypatch):
+def test_data_is_the_same_every_time_and_made_once(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stories, "SIZES", SMALL)
     random.seed(123)  # the global generator is not used
     again, other = stories.make(tmp_path / "again"), stories.make(tmp_path / "other", seed=1)
