@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} data=data/files/reviews out=${OUT:-out/reviews} seeds=${SEEDS:-1}
 sft="--epochs 8 --dropout 0.2 --lr 2e-3 --block-size 96"
-rm="--dropout 0.2 --lr 5e-4 --wide-gap 2"
+rm="--pool mean --dropout 0.2 --lr 5e-4 --wide-gap 2"
 
 $python -m data.reviews "$@"
 for half in 0 1; do $python -m data.reviews "$@" --half $half --to ${data}_half$half; done
@@ -28,4 +28,4 @@ for seed in $seeds; do
     $python ppo.py --data $data --out "$dir/half0" --judge "$dir/half1/rm.pt" --seed $seed \
         --max-new-tokens 48 --show 10
 done
-$python runs/reviews_table.py "$out"/?
+$python runs/reviews_table.py $data "$out"/?

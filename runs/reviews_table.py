@@ -1,7 +1,15 @@
-"""Tables of human ratings from the logs of runs/reviews.sh: python runs/reviews_table.py FOLDER..."""
+"""Tables of human ratings from the results of runs/reviews.sh: python runs/reviews_table.py DATA FOLDER..."""
 import json
 import sys
 from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import load, load_tokenizer
+from data.records import read_preferences
+from model import RewardModel
+from train_rm import Config, accuracy, encode, held_out_pairs, score_rows
 
 
 def reports(path):
@@ -16,17 +24,31 @@ def print_rows(names, rows):
     print()
 
 
-def main(folders):
+def together(data, folders, wide=2):
+    """Accuracy on all held-out pairs, and on those far apart, of the mean of the reward models' scores."""
+    scores = []
+    for folder in folders:
+        rm, tokenizer = load(RewardModel, folder / "rm.pt"), load_tokenizer(folder / "rm.pt")
+        val = read_preferences(Path(data) / "preferences_val.jsonl")
+        groups = encode(val, tokenizer, rm.config.block_size, "preferences_val.jsonl")
+        scores.append(score_rows(rm, [row for g in groups for row in g.rows], Config.batch_tokens, "cpu"))
+    gap, _, gold, _ = held_out_pairs(groups, torch.stack(scores).mean(0), None)
+    return [accuracy(gap).mean().item(), accuracy(gap[gold.abs() > wide]).mean().item()]
+
+
+def main(data, folders):
     rm = {folder.name: reports(folder / "rm.jsonl")[-1] for folder in folders}
     print_rows(["seed", "all pairs", "far apart", "longer wins", "calibration error"],
                [[seed, r["accuracy"], r["accuracy_wide"], r["longer_wins"], r["calibration_error"]]
-                for seed, r in rm.items()])
+                for seed, r in rm.items()] + [["their mean score", *together(data, folders), "", ""]])
     columns = ["score", "judge", "kl", "length", "distinct_2", "eos"]
     for folder in folders:
         some = {r["update"]: r for r in reports(folder / "half0/ppo.jsonl")}
         print_rows([f"seed {folder.name}, update", *columns],
                    [[update] + [some[update][name] for name in columns] for update in sorted(some)])
+        last = some[max(some)]
+        print(f"after PPO the judge prefers {last['judge_win_rate']:.1%}, the reward model {last['win_rate']:.1%}\n")
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]])
+    main(sys.argv[1], [Path(name) for name in sys.argv[2:]])
