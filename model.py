@@ -6,11 +6,13 @@
                                        -> reward_head  C x 1 -> values (B,T)     RewardModel: how good is it?
 
 Everything is right-padded and every row carries its own length. A pad is never looked at by a real
-token, because attention only looks back; so no padding mask and no pad token exist anywhere.
+token, because attention only looks back; so there is no pad token, and a mask for pads only in the
+cache, where new tokens are written behind them.
 The architecture is GPT-2's (Radford et al. 2019, section 2.3), with its weight names spelled out.
 """
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -153,33 +155,31 @@ class Trunk(nn.Module):
             nn.init.normal_(module.proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
     def tune(self, bf16, recompute, compile):
-        """How it is computed. bf16: the blocks' matrix products in bfloat16, residuals, norms and heads stay
-        float32. recompute: only each block's input is kept for the backward pass, which computes the block
-        again (Chen et al. 2016). compile: torch.compile for all but `generate`."""
+        """How it is computed, but for reading with a cache, where neither helps. bf16: the blocks' matrix
+        products in bfloat16; residuals, norms and heads stay float32. recompute: only each block's input
+        is kept for the backward pass, which computes the block again (Chen et al. 2016)."""
         self.bf16, self.recompute = bf16, recompute
         if compile:
             self.compile(dynamic=True)  # lengths differ from batch to batch
         return self
 
     def forward(self, tokens, cache=None):
-        """tokens (B,T) -> h (B,T,C), after the final norm.
+        """tokens (B,T), or their embeddings (B,T,C) -> h (B,T,C), after the final norm.
 
         With a `KVCache` the tokens continue what the cache holds, each row at its own position.
-        Raises ValueError when a row would be longer than block_size.
+        Raises ValueError when they would take more than block_size places, pads included.
         """
-        return self.encode(self.wte(tokens), cache)
-
-    def encode(self, x, cache=None):
-        """The same from token embeddings x (B,T,C): for an input that is no vocabulary entry."""
+        x = tokens if tokens.is_floating_point() else self.wte(tokens)
         T = x.shape[1]
         if T + (cache.filled if cache else 0) > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
         positions = cache.advance(T) if cache else torch.arange(T, device=x.device)
         x = self.drop(x + self.wpe(positions))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        bf16 = self.bf16 and cache is None
+        with torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext():
             for block in self.blocks:
-                if self.recompute and torch.is_grad_enabled():
-                    x = checkpoint(block, x, positions, cache, use_reentrant=False)
+                if self.recompute and cache is None:
+                    x = checkpoint(block, x, positions, use_reentrant=False)
                 else:
                     x = block(x, positions, cache)
         return self.ln_f(x)
@@ -333,7 +333,7 @@ class RewardModel(nn.Module):
             return self(tokens)[rows, lengths - 1]  # the score is the value of the whole text
         x = F.pad(self.trunk.wte(tokens), (0, 0, 0, 1))  # (B,T+1,C)
         x[rows, lengths] = self.reward_token.to(x.dtype)
-        return self._head(self.trunk.encode(x)[rows, lengths])
+        return self._head(self.trunk(x)[rows, lengths])
 
     def _head(self, h):
         return (self.reward_head(h).squeeze(-1).float() - self.shift) / self.scale

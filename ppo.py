@@ -32,7 +32,7 @@ from data.records import open_data, read_prompts, read_sft
 from model import GPT, RewardModel
 from resume import State
 from train_sft import encode as encode_sft
-from train_sft import sft_batch, sft_loss
+from train_sft import sft_backward
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Config:
     resume: bool = False  # go on from the last saved state
     seed: int = 1  # of order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
-    bf16: bool = False  # the blocks' matrix products in bfloat16
+    bf16: bool = False  # the blocks' matrix products in bfloat16, but not in generation
     checkpoint_activations: bool = False  # less memory, a third more work: blocks are computed twice
     compile: bool = False  # torch.compile for all but generation; needs a C++ compiler
     skip_bad: bool = False  # leave out lines that can't be used, and count them
@@ -219,9 +219,8 @@ def improve(policy, critic, optimizers, batch, cfg, update, generator, ptx=None)
                 critic.zero_grad(set_to_none=True)
                 return stats
             if ptx:
-                loss, count = sft_loss(policy, *ptx())
-                finite(f"update {update}", ptx_loss=loss)
-                (cfg.ptx_coef * loss / count).backward()
+                sft_backward(policy, ptx(), cfg.micro_batch, batch["tokens"].device, f"update {update}, ptx",
+                             cfg.ptx_coef)
             stats["grad_norm"] = clip_and_step(policy, optimizers[0], 1.0, update)
             clip_and_step(critic, optimizers[1], 1.0, update)
     return stats
@@ -486,7 +485,7 @@ def main(cfg):
         rows = read_sft(folder / "sft.jsonl", cfg.skip_bad)
         rows = encode_sft(rows, tokenizer, policy.config.block_size, "sft.jsonl")
         ptx_index = cycle(len(rows), cfg.batch, order, ptx_left)
-        ptx = lambda: sft_batch([rows[i] for i in next(ptx_index)], device)
+        ptx = lambda: [rows[i] for i in next(ptx_index)]
 
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
                   for model, lr in ((policy, cfg.lr), (critic, cfg.critic_lr))]

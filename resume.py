@@ -28,7 +28,8 @@ class State:
         self.path, self.every, self.caught = path, cfg.save_every, 0
         self.finished = path.with_name(path.name.replace("state", "finished"))
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
-                      if name not in ("out", "resume", "save_every", "show")}  # these change no result
+                      if name not in ("out", "resume", "save_every", "show",
+                                      "checkpoint_activations")}  # these change no result
         self.start |= {os.path.relpath(file, path.parent): checksum(file) for file in files if file}
         self.saved = self._find() if cfg.resume else None
 

@@ -32,7 +32,7 @@ class Config:
     pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
     epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
     batch_tokens: int = 1536  # tokens in an optimizer step, padding included
-    micro_batch: int = 16384  # tokens in a forward pass, padding included; changes no result
+    micro_batch: int = 16384  # about the tokens in a forward pass; without dropout it changes no result
     lr: float = 5e-4  # peak of the learning rate
     dropout: float = 0.0  # rate while the reward model is trained
     wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this
@@ -40,7 +40,7 @@ class Config:
     resume: bool = False  # go on from the last saved state
     seed: int = 1  # of the head, order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
-    bf16: bool = False  # the blocks' matrix products in bfloat16
+    bf16: bool = False  # the blocks' matrix products in bfloat16, but not in generation
     checkpoint_activations: bool = False  # less memory, a third more work: blocks are computed twice
     compile: bool = False  # torch.compile for all but generation; needs a C++ compiler
     skip_bad: bool = False  # leave out lines that can't be used, and count them
@@ -105,7 +105,8 @@ def ranking_loss(scores, groups):
 
 
 def ranking_backward(rm, groups, micro_batch, device, step):
-    """Gradients of the loss of `groups`, left in .grad, piece by piece; returns (loss, accuracy)."""
+    """Gradients of the loss of `groups`, [Ranking], left in .grad, in pieces of about micro_batch tokens;
+    returns (loss, accuracy)."""
     ordered = lambda some: sum(len(set(group.ranks)) > 1 for group in some)  # prompts that make a pair
     loss = right = 0.0
     for piece in batches([sum(map(len, group.rows)) for group in groups], micro_batch):
@@ -156,7 +157,7 @@ def normalise(rm, gpt, groups, folder, tokenizer, cfg, device):
     name = "samples of the SFT model"
     if len(rows) < 64:
         rows, name = [g.rows[g.ranks.index(min(g.ranks))] for g in groups], "best responses"
-    scores = score_rows(rm, rows, cfg.batch_tokens, device)
+    scores = score_rows(rm, rows, min(cfg.batch_tokens, cfg.micro_batch), device)
     try:
         rm.normalise(scores)
     except ValueError as error:  # the training is not lost for it
@@ -193,7 +194,7 @@ def accuracy(gap):
 def report(rm, groups, world, cfg, device):
     """Print and return how well `rm` orders held-out pairs, beside what else could explain it."""
     rows = [row for group in groups for row in group.rows]
-    scores = score_rows(rm, rows, cfg.batch_tokens, device)
+    scores = score_rows(rm, rows, min(cfg.batch_tokens, cfg.micro_batch), device)
     gap, longer, gold, best = held_out_pairs(groups, scores, world)
     right = accuracy(gap)
     result = {"accuracy": right.mean().item(), "pairs": len(gap),
@@ -253,13 +254,13 @@ def main(cfg):
     names = ("preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl")
     state = State(out / "rm.state.pt", cfg, [out / "sft.pt", *(folder / name for name in names)])
 
-    gpt = ready(load(GPT, out / "sft.pt", cfg.dropout), cfg, device)
+    gpt = load(GPT, out / "sft.pt", cfg.dropout).to(device)
     tokenizer = load_tokenizer(out / "sft.pt")
     train = read_preferences(folder / "preferences.jsonl", cfg.skip_bad)
     val = read_preferences(folder / "preferences_val.jsonl", cfg.skip_bad)
     rm = RewardModel.from_gpt(gpt, cfg.pool).to(device)  # the head swap
     check_scores(rm, device)
-    rm = ready(rm, cfg, device)
+    gpt, rm = ready(gpt, cfg, device), ready(rm, cfg, device)
     room = rm.config.block_size - (cfg.pool == "token")
     groups = encode(train, tokenizer, room, "preferences.jsonl")
     sizes = [sum(map(len, group.rows)) for group in groups]

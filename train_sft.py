@@ -35,14 +35,14 @@ class Config:
     dropout: float = 0.0  # rate; 0 is right for one or two passes over the data
     epochs: float = 3.0  # passes over the demonstrations
     batch_tokens: int = 2048  # tokens in an optimizer step, padding included
-    micro_batch: int = 16384  # tokens in a forward pass, padding included; changes no result
+    micro_batch: int = 16384  # about the tokens in a forward pass; without dropout it changes no result
     lr: float = 4e-3  # peak of the learning rate
     weight_decay: float = 0.1  # on matrices only
     save_every: int = 200  # steps after which the state is saved, to go on from; 0: never
     resume: bool = False  # go on from the last saved state
     seed: int = 1  # of weights, order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
-    bf16: bool = False  # the blocks' matrix products in bfloat16
+    bf16: bool = False  # the blocks' matrix products in bfloat16, but not in generation
     checkpoint_activations: bool = False  # less memory, a third more work: blocks are computed twice
     compile: bool = False  # torch.compile for all but generation; needs a C++ compiler
     skip_bad: bool = False  # leave out lines that can't be used, and count them
@@ -91,13 +91,14 @@ def sft_loss(gpt, tokens, mask):
     return -gpt.logps(h, tokens[:, 1:][mask]).sum(), int(mask.sum())
 
 
-def sft_backward(gpt, rows, micro_batch, device, step):
-    """Gradients of the loss of `rows`, left in .grad, piece by piece; returns nats per supervised token."""
+def sft_backward(gpt, rows, micro_batch, device, where, weight=1.0):
+    """Gradients of weight x the loss of `rows`, [(tokens, P)], added to .grad in pieces of micro_batch tokens;
+    returns the loss, nats per supervised token. UserError, beginning with `where`, when it is not finite."""
     count, total = sum(len(row) - P for row, P in rows), 0.0
     for piece in batches([len(row) for row, _ in rows], micro_batch):
         loss, _ = sft_loss(gpt, *sft_batch([rows[i] for i in piece], device))
-        finite(f"step {step}", loss=loss)
-        (loss / count).backward()
+        finite(where, loss=loss)
+        (weight * loss / count).backward()
         total += loss.item()
     return total / count
 
@@ -151,7 +152,7 @@ def start(cfg, train):
 @torch.inference_mode()
 def check_model(gpt, device):
     """Raise UserError when model.py has lost what all stages rely on: causality, and a cache that changes
-    nothing."""
+    nothing. Leaves gpt in train mode."""
     if odd := [name for name, x in gpt.state_dict().items() if not x.is_floating_point()]:
         raise UserError(f"self-check: {odd[0]} is no float, and a checkpoint holds nothing else: register it "
                         "with persistent=False")
@@ -169,6 +170,7 @@ def check_model(gpt, device):
         if far(gpt.lm_head(gpt.trunk.forward(tokens[rows, at][:, None], cache)[:, 0]), logits[rows, at]):
             raise UserError("self-check: with the KV cache the logits are not those of the whole text, so "
                             "generate in model.py would sample from another model than is trained")
+    gpt.train()
 
 
 def main(cfg):
@@ -184,7 +186,7 @@ def main(cfg):
     val = read_sft(folder / "sft_val.jsonl", cfg.skip_bad)
     gpt, tokenizer = start(cfg, train)
     check_model(gpt.to(device), device)
-    gpt, block_size = ready(gpt, cfg, device).train(), gpt.config.block_size
+    gpt, block_size = ready(gpt, cfg, device), gpt.config.block_size
     rows = encode(train, tokenizer, block_size, "sft.jsonl")
     val_rows = encode(val, tokenizer, block_size, "sft_val.jsonl")
     lengths = [len(row) for row, _ in rows]
@@ -198,7 +200,7 @@ def main(cfg):
     done = state.begin(log, gpt=gpt, optimizer=optimizer)
     for step, index in shuffled(lengths, cfg.batch_tokens, order, done, steps):
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
-        loss = sft_backward(gpt, [rows[i] for i in index], cfg.micro_batch, device, step)
+        loss = sft_backward(gpt, [rows[i] for i in index], cfg.micro_batch, device, f"step {step}")
         norm = clip_and_step(gpt, optimizer, 1.0, step)
         if step % 25 == 0 or step == steps:
             log(step, loss=loss, lr=lr, grad_norm=norm)
@@ -206,7 +208,7 @@ def main(cfg):
             show_sample(gpt, tokenizer, val[0][0], block_size, device)
         state.after(step)
 
-    val_loss = evaluate(gpt, val_rows, cfg.batch_tokens, device)
+    val_loss = evaluate(gpt, val_rows, min(cfg.batch_tokens, cfg.micro_batch), device)
     save(out / "sft.pt", gpt, tokenizer)
     log.report(val_loss=val_loss)
     state.finish()

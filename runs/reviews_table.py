@@ -30,7 +30,7 @@ def together(data, folders, wide=2):
     for folder in folders:
         rm, tokenizer = load(RewardModel, folder / "rm.pt"), load_tokenizer(folder / "rm.pt")
         val = read_preferences(Path(data) / "preferences_val.jsonl")
-        groups = encode(val, tokenizer, rm.config.block_size, "preferences_val.jsonl")
+        groups = encode(val, tokenizer, rm.config.block_size - (rm.pool == "token"), "preferences_val.jsonl")
         scores.append(score_rows(rm, [row for g in groups for row in g.rows], Config.batch_tokens, "cpu"))
     gap, _, gold, _ = held_out_pairs(groups, torch.stack(scores).mean(0), None)
     return [accuracy(gap).mean().item(), accuracy(gap[gold.abs() > wide]).mean().item()]

@@ -131,9 +131,10 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_the_state_before_is_kep
 @pytest.mark.parametrize("name, where", [("value_loss", "update 2: value_loss not finite"),
                                          ("policy_loss", "step 2: the gradient is not finite"),
                                          ("token_logps", "update 2: logp, ref_logp not finite"),
-                                         ("sft_loss", "update 2: ptx_loss not finite")])
+                                         ("sft_loss", "update 2, ptx: loss not finite")])
 def test_ppo_names_what_is_not_finite(made, monkeypatch, name, where):
-    shipped, log = getattr(ppo, name), ppo.Log.__call__
+    owner = train_sft if name == "sft_loss" else ppo
+    shipped, log = getattr(owner, name), ppo.Log.__call__
     logged = []
     monkeypatch.setattr(ppo.Log, "__call__", lambda self, *args, **kwargs: logged.append(1) or log(self, *args, **kwargs))
 
@@ -141,7 +142,7 @@ def test_ppo_names_what_is_not_finite(made, monkeypatch, name, where):
         x = shipped(*args)
         factor = math.nan if logged else 1.0
         return (x[0] * factor, *x[1:]) if isinstance(x, tuple) else x * factor
-    monkeypatch.setattr(ppo, name, spoil)
+    monkeypatch.setattr(owner, name, spoil)
     with pytest.raises(UserError, match=where):
         ppo.main(ppo.Config(**made | PPO, ptx_coef=0.1))
 

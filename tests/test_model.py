@@ -427,7 +427,7 @@ def plain_score(rm, row):
     """The definition, on one text without pads."""
     if rm.pool == "token":
         x = torch.cat([rm.trunk.wte(torch.tensor(row)), rm.reward_token[None]])
-        h = rm.trunk.encode(x[None])[0, -1]
+        h = rm.trunk(x[None])[0, -1]
     else:
         h = rm.trunk(torch.tensor([row]))[0]
         h = {"last": h[-1], "mean": h.sum(0) / len(row), "max": h.max(0).values}[rm.pool]

@@ -14,7 +14,7 @@ import train_rm
 from common import load, pad, save
 from data.records import UserError
 from data.tokenizer import get_tokenizer
-from model import GPT, Block, GPTConfig, RewardModel
+from model import GPT, Block, GPTConfig, RewardModel, Trunk
 from train_rm import Config, accuracy, calibration_error, encode, ranking_loss
 
 BYTES = get_tokenizer("bytes")
@@ -60,6 +60,25 @@ def test_R10_random_head_starts_above_ln2():
     both = [ranking_loss(scores, [ranks] * len(gap))[0].item() for ranks in ([0, 1], [1, 0])]
     assert mean(both) > math.log(2)
     assert mean(both) == pytest.approx(math.log(2) + 0.25 / 8, abs=3e-3)
+
+
+def test_micro_batches_change_no_gradient():
+    """Also with K of 2 to 4, with ties, and with a prompt that makes no pair at all and so counts nothing."""
+    rng = random.Random(0)
+    ranks = [[0, 1], [0, 0], [1, 0, 1], [0, 1, 2, 2], [1, 0], [0, 1, 1]]
+    groups = [train_rm.Ranking([], [[rng.randrange(17) for _ in range(rng.randint(2, 9))] for _ in r], r, (), None)
+              for r in ranks]
+    results = {}
+    for size in (1, 30, 10**6):
+        torch.manual_seed(0)
+        rm = RewardModel(Trunk(GPTConfig(17, 16, 1, 2, 16)))
+        results[size] = *train_rm.ranking_backward(rm, groups, size, "cpu", 1), [p.grad for p in rm.parameters()]
+    whole = ranking_loss(rm.score(*train_rm.pad([row for g in groups for row in g.rows])), ranks)
+    assert results[10**6][:2] == pytest.approx([x.item() for x in whole], rel=1e-5)
+    for size in (1, 30):
+        assert results[size][:2] == pytest.approx(results[10**6][:2], rel=1e-5)
+        for a, b in zip(results[size][2], results[10**6][2]):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 def test_R11_R14_mixed_K_is_the_mean_over_prompts_of_the_mean_over_pairs():
