@@ -26,6 +26,6 @@ for seed in $seeds; do
         $python train_rm.py --data ${data}_half$half --out "$dir/half$half" --seed $seed $rm
     done
     $python ppo.py --data $data --out "$dir/half0" --judge "$dir/half1/rm.pt" --seed $seed \
-        --max-new-tokens 48 --show 10
+        --max-new-tokens 48 --kl-coef 0.15 --show 10
 done
 $python runs/reviews_table.py $data "$out"/?
