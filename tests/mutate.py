@@ -38,66 +38,86 @@ SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mul
 NAMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum", "cummax": "cummin",
          "expm1": "exp", "ones_like": "zeros_like", "zeros_like": "ones_like", "rsqrt": "sqrt",
          "softmax": "log_softmax", "logsigmoid": "sigmoid", "cumsum": "cumprod", "sum": "mean", "mean": "sum"}
+LEFT_OUT = {"clone", "float", "clamp", "detach", "exp", "requires_grad_", "abs", "masked_fill", "masked_scatter"}
 GRADIENT = {"no_grad", "inference_mode"}
 
 
-def mutants_of(node):
-    """(what is done, the changed node) for every bug that can be planted at this very node."""
-    def changed(**fields):
-        new = copy.copy(node)
-        for name, value in fields.items():
-            setattr(new, name, value)
-        return new
+def changed(node, **fields):
+    new = copy.copy(node)
+    for name, value in fields.items():
+        setattr(new, name, value)
+    return new
 
+
+def operators(node):
     if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
-        yield changed(op=SWAPS[type(node.op)]())
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)) and not isinstance(node.left, ast.Constant):
+        yield changed(node, op=SWAPS[type(node.op)]())
+    if (isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub))
+            and not isinstance(node.left, ast.Constant)):
         yield node.left  # one side is left out
     if isinstance(node, ast.AugAssign) and type(node.op) in SWAPS:
-        yield changed(op=SWAPS[type(node.op)]())
+        yield changed(node, op=SWAPS[type(node.op)]())
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        yield changed(ops=[SWAPS[type(node.ops[0])]()])
+        yield changed(node, ops=[SWAPS[type(node.ops[0])]()])
         if isinstance(node.ops[0], (ast.Lt, ast.Gt, ast.LtE, ast.GtE)):  # the other way round
-            yield changed(left=node.comparators[0], comparators=[node.left])
+            yield changed(node, left=node.comparators[0], comparators=[node.left])
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
         yield node.operand
+
+
+def numbers(node):
     if isinstance(node, ast.Constant) and type(node.value) in (bool, int, float):
         x = node.value
-        for value in ([not x] if type(x) is bool else [x + 1, x - 1] if type(x) is int else [x * 1.1 or 0.1, x * 0.9 or -0.1]):
+        for value in ([not x] if type(x) is bool else [x + 1, x - 1] if type(x) is int
+                      else [x * 1.1 or 0.1, x * 0.9 or -0.1]):
             yield ast.Constant(value)
-    if isinstance(node, ast.Slice):  # off by one
-        for side in ("lower", "upper"):
-            if getattr(node, side) is not None:
-                yield changed(**{side: ast.BinOp(getattr(node, side), ast.Add(), ast.Constant(1))})
-                yield changed(**{side: None})
+    for side in ("lower", "upper") if isinstance(node, ast.Slice) else ():  # off by one, and left out
+        if getattr(node, side) is not None:
+            yield changed(node, **{side: ast.BinOp(getattr(node, side), ast.Add(), ast.Constant(1))})
+            yield changed(node, **{side: None})
+
+
+def calls(node):
     if isinstance(node, ast.Attribute) and node.attr in NAMES:
-        yield changed(attr=NAMES[node.attr])
-    if isinstance(node, ast.Call):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if isinstance(node.func, ast.Name) and name in NAMES:
-            yield changed(func=ast.Name(NAMES[name], ast.Load()))
-        if name == "where":  # the mask is dropped
-            yield node.args[1]
-        if name in ("clone", "float", "clamp", "detach", "exp", "requires_grad_", "abs", "masked_fill", "masked_scatter",
-                    "deepcopy", "reversed") and isinstance(node.func, ast.Attribute if name != "reversed" else ast.Name):
-            yield node.args[0] if name in ("deepcopy", "reversed") else node.func.value
-        for i, argument in enumerate(node.args):  # a mask of ones
-            if isinstance(argument, ast.Name) and argument.id == "mask" and name != "where":
-                ones = ast.parse("torch.ones_like(mask)", mode="eval").body
-                yield changed(args=[*node.args[:i], ones, *node.args[i + 1 :]])
+        yield changed(node, attr=NAMES[node.attr])
+    if not isinstance(node, ast.Call):
+        return
+    method = isinstance(node.func, ast.Attribute)
+    name = node.func.attr if method else getattr(node.func, "id", "")
+    if isinstance(node.func, ast.Name) and name in NAMES:
+        yield changed(node, func=ast.Name(NAMES[name], ast.Load()))
+    if name == "where":  # the mask is dropped
+        yield node.args[1]
+    if name == "reversed" or name == "deepcopy" and method:
+        yield node.args[0]
+    elif method and name in LEFT_OUT:
+        yield node.func.value
+    for i, argument in enumerate(node.args):  # a mask of ones
+        if isinstance(argument, ast.Name) and argument.id == "mask" and name != "where":
+            ones = ast.parse("torch.ones_like(mask)", mode="eval").body
+            yield changed(node, args=[*node.args[:i], ones, *node.args[i + 1 :]])
+
+
+def statements(node):
     if isinstance(node, ast.IfExp):
         yield node.body
         yield node.orelse
     if isinstance(node, ast.FunctionDef):
         for i, decorator in enumerate(node.decorator_list):
             if any(name in ast.unparse(decorator) for name in GRADIENT):
-                yield changed(decorator_list=node.decorator_list[:i] + node.decorator_list[i + 1 :])
+                yield changed(node, decorator_list=node.decorator_list[:i] + node.decorator_list[i + 1 :])
     if isinstance(node, ast.With) and any(name in ast.unparse(node.items[0]) for name in GRADIENT):
         yield ast.If(ast.Constant(True), node.body, [])
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):  # a statement is left out
         yield ast.Pass()
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Subscript, ast.Attribute)):
         yield ast.Pass()
+
+
+def mutants_of(node):
+    """The changed node for every bug that can be planted at this very node."""
+    for rule in (operators, numbers, calls, statements):
+        yield from rule(node)
 
 
 def visit(node):
