@@ -778,3 +778,8 @@ def test_P23_cycle_gives_a_fresh_permutation_each_epoch(size):
 def test_B9_win_rate_counts_ties_half():
     assert ppo.win_rate([1, 2, 3, 4], [1, 1, 5, 0]) == (.5 + 1 + 0 + 1) / 4
     assert ppo.win_rate([1, 2], [1, 2]) == .5
+
+
+def test_means_of_a_report():
+    result = {"score": [1.0, 2.0, 6.0], "gold": [], "texts": [("p", " a b c"), ("q", " a b")]}
+    assert ppo.means(result) == pytest.approx({"score": 3.0, "distinct_2": 2 / 3})

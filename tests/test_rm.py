@@ -200,6 +200,7 @@ def test_encode_cuts_the_prompt_alike_for_all_responses_and_counts(capsys):
 def test_encode_exact_fit_is_not_cut_and_nothing_left_is_an_error(capsys):
     assert encode([("abc", ["d", "e"], [0, 1], None)], BYTES, 5, "x")[0].rows[0] == list(b"abcd") + [BYTES.eos]
     assert capsys.readouterr().out == ""
+    assert encode([("abc", ["defg", "e"], [0, 1], None)], BYTES, 6, "x")[0].prompt == list(b"c")  # one token is left
     with pytest.raises(UserError, match="x: no example fits"):
         encode([("abc", ["defghi", "e"], [0, 1], None)], BYTES, 6, "x")
 
