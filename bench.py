@@ -133,6 +133,7 @@ def measure(job, repeats, device, matmul=math.nan):
 
 
 def bench_parts(shape, repeats, device):
+    """Print and return seconds, tokens/s, FLOP/s and peak bytes of each part at one shape."""
     n = shape.batch * (shape.prompt + shape.response)
     matmul = matmul_flops(n, shape.d_model, device)
     print(f"matmul ({n} x {shape.d_model}) @ ({shape.d_model} x {4 * shape.d_model}): "

@@ -155,13 +155,12 @@ class Trunk(nn.Module):
             nn.init.normal_(module.proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
     def tune(self, bf16, recompute, compile):
-        """How it is computed, but for reading with a cache, where neither helps. bf16: the blocks' matrix
-        products in bfloat16; residuals, norms and heads stay float32. recompute: only each block's input
-        is kept for the backward pass, which computes the block again (Chen et al. 2016)."""
+        """How `forward` computes where there is no cache. bf16: the blocks' matrix products in bfloat16;
+        residuals, norms and heads stay float32. recompute: only each block's input is kept for the
+        backward pass, which computes the block again (Chen et al. 2016). compile: by torch.compile."""
         self.bf16, self.recompute = bf16, recompute
         if compile:
             self.compile(dynamic=True)  # lengths differ from batch to batch
-        return self
 
     def forward(self, tokens, cache=None):
         """tokens (B,T), or their embeddings (B,T,C) -> h (B,T,C), after the final norm.
@@ -176,12 +175,11 @@ class Trunk(nn.Module):
         positions = cache.advance(T) if cache else torch.arange(T, device=x.device)
         x = self.drop(x + self.wpe(positions))
         bf16 = self.bf16 and cache is None
+        recompute = self.recompute and cache is None and torch.is_grad_enabled()
         with torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext():
             for block in self.blocks:
-                if self.recompute and cache is None:
-                    x = checkpoint(block, x, positions, use_reentrant=False)
-                else:
-                    x = block(x, positions, cache)
+                x = (checkpoint(block, x, positions, use_reentrant=False) if recompute
+                     else block(x, positions, cache))
         return self.ln_f(x)
 
 

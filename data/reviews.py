@@ -240,6 +240,7 @@ def build(source, target, only=None):
 
 
 def main(argv=None):
+    """The command line; returns the exit code: 0, or 1 after one sentence on stderr."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--from", dest="source", type=Path, help="archive or folder; else download")
     parser.add_argument("--to", type=Path, default=TARGET, help="default: %(default)s")

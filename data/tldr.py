@@ -133,6 +133,7 @@ def given(sources):
 
 
 def main(argv=None):
+    """The command line; returns the exit code: 0, or 1 after one sentence on stderr."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--from", dest="source", type=Path, nargs="+", action="extend",
                         help="files or a folder; else download")

@@ -47,7 +47,8 @@ def main(data, folders):
         print_rows([f"seed {folder.name}, update", *columns],
                    [[update] + [some[update][name] for name in columns] for update in sorted(some)])
         last = some[max(some)]
-        print(f"after PPO the judge prefers {last['judge_win_rate']:.1%}, the reward model {last['win_rate']:.1%}\n")
+        print(f"after PPO the judge prefers {last['judge_win_rate']:.1%}, "
+              f"the reward model {last['win_rate']:.1%}\n")
 
 
 if __name__ == "__main__":

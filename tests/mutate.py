@@ -1,4 +1,4 @@
-"""Does the suite notice bugs? One is planted at a time, in a copy of the project, and the tests are run on it.
+"""Does the suite notice bugs? One at a time is planted in a copy of the project, and the tests are run on it.
 
     python tests/mutate.py --sample 20 --seed 1         # 20 of all bugs; one that no test sees "survives"
     python tests/mutate.py --file ppo.py --jobs 4       # every bug of one file
@@ -13,6 +13,7 @@ import ast
 import copy
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"model.py": ["test_model.py", "test_rm.py"], "train_rm.py": ["test_rm.py"],
          "ppo.py": ["test_ppo.py"], "train_sft.py": ["test_sft.py"]}
-ONLY = {"train_sft.py": {"sft_batch", "sft_loss", "sft_backward"}}  # the rest of that file is data and its loop
-SKIP = {"main", "Config", "GPTConfig", "report", "by_margin", "describe", "print_table", "show_sample", "print"}
+ONLY = {"train_sft.py": {"sft_batch", "sft_loss", "sft_backward"}}  # the rest is data and the loop
+SKIP = {"main", "Config", "GPTConfig", "report", "by_margin", "describe", "print_table", "show_sample",
+        "print"}
 HARMLESS = {  # "the line of the file: before -> after" of a bug that changes no behaviour: why
     "std = 0.02 * math.sqrt(768 / self.config.d_model): 768 -> 767": "random numbers 0.07% smaller",
     "std = 0.02 * math.sqrt(768 / self.config.d_model): 768 -> 769": "random numbers 0.07% larger",
@@ -38,7 +40,8 @@ SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mul
 NAMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum", "cummax": "cummin",
          "expm1": "exp", "ones_like": "zeros_like", "zeros_like": "ones_like", "rsqrt": "sqrt",
          "softmax": "log_softmax", "logsigmoid": "sigmoid", "cumsum": "cumprod", "sum": "mean", "mean": "sum"}
-LEFT_OUT = {"clone", "float", "clamp", "detach", "exp", "requires_grad_", "abs", "masked_fill", "masked_scatter"}
+LEFT_OUT = {"clone", "float", "clamp", "detach", "exp", "requires_grad_", "abs", "masked_fill",
+            "masked_scatter"}
 GRADIENT = {"no_grad", "inference_mode"}
 
 
@@ -124,12 +127,15 @@ def visit(node):
     """Every place at which a bug can be planted: (parent, field, index or None, node)."""
     for field, value in ast.iter_fields(node):
         for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            name = getattr(child, "name", "") or getattr(getattr(getattr(child, "value", child), "func", child), "id", "")
-            if not isinstance(child, ast.AST) or name in SKIP or isinstance(child, (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)):
+            called = getattr(getattr(child, "value", child), "func", child)  # of a call or its statement
+            name = getattr(child, "name", "") or getattr(called, "id", "")
+            texts = (ast.JoinedStr, ast.Raise, ast.Import, ast.ImportFrom)
+            if not isinstance(child, ast.AST) or name in SKIP or isinstance(child, texts):
                 continue
             if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                 continue  # a docstring
-            if isinstance(child, ast.If) and all(isinstance(x, ast.Expr) and "print(" in ast.unparse(x) for x in child.body):
+            prints = lambda x: isinstance(x, ast.Expr) and "print(" in ast.unparse(x)
+            if isinstance(child, ast.If) and all(map(prints, child.body)):
                 continue
             yield node, field, i, child
             yield from visit(child)
@@ -140,7 +146,8 @@ def mutants(file):
     lines, found = (ROOT / file).read_text().split("\n"), []
     tree = ast.parse("\n".join(lines))
     tops = [node for node in tree.body if file not in ONLY or getattr(node, "name", "") in ONLY[file]]
-    for parent, field, i, node in visit(ast.Module([n for n in tops if "__name__" not in ast.unparse(n)], [])):
+    code = ast.Module([node for node in tops if "__name__" not in ast.unparse(node)], [])
+    for parent, field, i, node in visit(code):
         holder, key = (parent, field) if i is None else (getattr(parent, field), i)
         if isinstance(parent, ast.Module):
             holder, key = tree.body, tree.body.index(node)
@@ -150,10 +157,12 @@ def mutants(file):
             put(ast.fix_missing_locations(ast.copy_location(new, node)))
             text = ast.unparse(tree)
             put(node)
-            after = "decorator removed: " + node.name if isinstance(node, ast.FunctionDef) else ast.unparse(new).split("\n")[0]
+            after = ("decorator removed: " + node.name if isinstance(node, ast.FunctionDef)
+                     else ast.unparse(new).split("\n")[0])
             if text != ast.unparse(tree):
                 number = getattr(node, "lineno", getattr(parent, "lineno", 0))
-                found.append((f"{file}:{number}", f"{lines[number - 1].strip()}: {before} -> {after}", file, text))
+                what = f"{lines[number - 1].strip()}: {before} -> {after}"
+                found.append((f"{file}:{number}", what, file, text))
     return found
 
 
@@ -162,13 +171,15 @@ def run(mutant, limit, fast):
     *_, file, source = mutant
     with tempfile.TemporaryDirectory() as folder:
         copy_to = Path(folder) / "project"
-        shutil.copytree(ROOT, copy_to, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", "runs", ".pytest_cache"))
+        shutil.copytree(ROOT, copy_to, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", "runs",
+                                                                     ".pytest_cache"))
         (copy_to / file).write_text(source)
         first = [f"tests/{name}" for name in FILES[file]]
         rest = [f"--ignore={name}" for name in first] + ["--ignore=tests/mutate.py", "tests"]
         for tests in (first,) if fast else (first, rest):
-            process = subprocess.Popen([sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests],
-                                       cwd=copy_to, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests],
+                cwd=copy_to, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
             try:
                 out = process.communicate(timeout=limit)[0]
             except subprocess.TimeoutExpired:
@@ -176,13 +187,14 @@ def run(mutant, limit, fast):
                 process.communicate()
                 return f"caught: no end after {limit} s"
             if process.returncode:
-                named = [line for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))] or ["the import"]
-                return "caught by " + named[0].split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ")
+                named = [line for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                return "caught by " + re.sub("^FAILED |^ERROR | - .*", "", [*named, "the import"][0])
     return "survived"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", choices=FILES, help="only this one")
     parser.add_argument("--sample", type=int, default=0, help="so many at random instead of all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
