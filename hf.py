@@ -276,13 +276,10 @@ def fetch(name):
 
     folder = Path(torch.hub.get_dir()) / "onetrunk" / name
     folder.mkdir(parents=True, exist_ok=True)
+    otherwise = (f"give a folder that holds config.json and {FILES[0]} instead of the name: "
+                 f"python hf.py import FOLDER out/{name}.pt")
     for file in ("config.json", FILES[0]):
-        try:
-            if not (folder / file).exists():
-                download(URL.format(name, file), folder / file)
-        except UserError as error:
-            raise UserError(f"{error}; a folder that holds config.json and {FILES[0]} can be given instead "
-                            f"of the name: python hf.py import FOLDER out/{name}.pt") from None
+        download(URL.format(name, file), folder / file, otherwise=otherwise)
     return folder / FILES[0]
 
 

@@ -14,18 +14,19 @@ import urllib.request
 from data.records import UserError
 
 
-def download(url, path, sha256=None, size=None):
-    """url -> path, unless it is there; returns path. UserError: no network, another sha256 or size."""
+def download(url, path, sha256=None, size=None, otherwise="fetch it by hand and use --from"):
+    """url -> path, unless it is there; returns path. UserError: no network (it says what to do `otherwise`),
+    another sha256 or size."""
     if path.exists():
         return path
     part, tag = (path.with_name(path.name + end) for end in (".part", ".part.tag"))
     try:
         fetch(url, part, tag)
     except (OSError, http.client.HTTPException) as error:
-        why = f"{'HTTP' * hasattr(error, 'code')} {getattr(error, 'code', '')} "
-        why = " ".join((why + str(getattr(error, "reason", error))).split())
+        code = f"HTTP {error.code} " if isinstance(error, urllib.error.HTTPError) else ""
+        why = code + " ".join(str(getattr(error, "reason", error)).split())
         kept = "what has come is kept and the same command goes on, or " * bool(held(part, tag))
-        raise UserError(f"cannot download {url} ({why}); {kept}fetch it by hand and use --from") from error
+        raise UserError(f"cannot download {url} ({why}); {kept}{otherwise}") from error
     if size not in (None, part.stat().st_size) or (
             sha256 and sha256 != hashlib.sha256(part.read_bytes()).hexdigest()):
         part.unlink()
