@@ -12,7 +12,7 @@ The architecture is GPT-2's (Radford et al. 2019, section 2.3), with its weight 
 """
 import copy
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -82,12 +82,53 @@ class KVCache:
         self.hidden, self.length = self.hidden[rows], self.length[rows]
 
 
+class Linear(nn.Linear):
+    """nn.Linear, about twice as fast on a CPU: PyTorch gives matrix products to MKL and convolutions to
+    oneDNN, and N rows of C numbers under a matrix are N places of C channels under a 1 x 1 convolution.
+
+    (1500 x 128) @ (128 x 512) with its gradients: 200 GFLOP/s by MKL, 420 by oneDNN (2 cores, AMD Zen 5).
+    """
+
+    packed = None  # see `packed`
+
+    def forward(self, x):
+        """x (...,C) -> (...,out)."""
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if not on_onednn(x) or x.numel() <= 20480:  # PyTorch's own limit: smaller ones it gives to MKL
+            return super().forward(x)
+        places = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1,C,N,1), in memory still (N,C)
+        y = F.conv2d(places, self.weight[:, :, None, None], self.bias)  # (1,out,N,1)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def on_onednn(x):
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+@contextmanager
+def packed(model):
+    """While it lasts, every `Linear` of the model reads a copy of its weights in the order oneDNN wants them.
+
+    With few rows, as in generation, a product takes a third of the time or less; (16 x 768) @ (768 x 50257):
+    17 ms by MKL, 4 ms so. The copies cost as much memory again and are gone afterwards.
+    """
+    layers = [x for x in model.modules() if isinstance(x, Linear) and on_onednn(x.weight)]
+    for layer in layers:
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 16)  # good for 1 to 1,000 rows
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
-        self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.qkv = Linear(config.d_model, 3 * config.d_model, bias=config.bias)
+        self.proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x, positions, cache=None):
         """x (B,T,C) at positions (T,), or (B,T) with a cache -> (B,T,C)."""
@@ -108,8 +149,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.d_model, 4 * config.d_model, bias=config.bias)
-        self.proj = nn.Linear(4 * config.d_model, config.d_model, bias=config.bias)
+        self.up = Linear(config.d_model, 4 * config.d_model, bias=config.bias)
+        self.proj = Linear(4 * config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x):
         return self.proj(F.gelu(self.up(x), approximate="tanh"))  # GPT-2 was trained with this form
@@ -190,7 +231,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.trunk.wte.weight  # tied: Press & Wolf 2017
 
     def forward(self, tokens):
@@ -229,6 +270,11 @@ class GPT(nn.Module):
         if P + max_new_tokens > self.config.block_size:
             raise ValueError(f"prompt {P} + {max_new_tokens} new tokens > block_size "
                              f"{self.config.block_size}")
+        with packed(self):
+            return self._generate(tokens, lengths, max_new_tokens, temperature, top_k, top_p, eos, generator)
+
+    def _generate(self, tokens, lengths, max_new_tokens, temperature, top_k, top_p, eos, generator):
+        B, P = tokens.shape
         uniform = torch.rand(B, max_new_tokens, generator=generator, device=tokens.device)
         cache = KVCache(self.trunk, B, P + max_new_tokens)
         rows = torch.arange(B, device=tokens.device)  # which row of the batch each live row is
