@@ -36,7 +36,7 @@ from bench_jobs import SHAPES, Shape, config_of, ending_gpt, generate_job, ppo_j
 from common import UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run
 from data.records import open_data, read_prompts, read_sft
 from data.tokenizer import train_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Linear
 from train_sft import make_optimizer, sft_batch, sft_loss
 
 
@@ -116,9 +116,9 @@ def machine(device):
 
 def matmul_flops(n, d_model, device):
     """FLOP/s of (n x d_model) @ (d_model x 4 d_model), the best of 20: what the rest is measured by."""
-    a, b = torch.randn(n, d_model, device=device), torch.randn(d_model, 4 * d_model, device=device)
+    x, layer = torch.randn(n, d_model, device=device), Linear(d_model, 4 * d_model).to(device)
     times = max(1, 10**8 // (n * 4 * d_model**2))
-    many = lambda: [a @ b for _ in range(times)]
+    many = torch.no_grad()(lambda: [layer(x) for _ in range(times)])
     return 2 * n * 4 * d_model**2 * times / min(timed(many, device) for _ in range(20))
 
 

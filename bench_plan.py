@@ -56,7 +56,8 @@ def count_bytes(config, batch, prompt, response, rows, checkpointed=False):
         "logits chunk": min(rows * response * V, max(V, LOGITS_AT_ONCE)) * FLOAT,
         "activations a token": 2 * saved_floats(config) * FLOAT,  # 2: policy and critic
         "activations a token, checkpointed": 2 * saved_floats(config, True) * FLOAT}
-    # sampling: logits, their softmax, its sum; prefill: one block's q k v, MLP and residuals
+    # sampling: logits, their softmax, its sum; prefill: one block's q k v, MLP and residuals. The packed copy
+    # of the weights is there on a CPU alone
     rollout = part["KV cache"] + 3 * batch * V * FLOAT + 12 * C * batch * prompt * FLOAT
     backward = backward_bytes(config, rows * (prompt + response), part["logits chunk"], checkpointed)
     # AdamW on a GPU works on all parameters of a model at once, with one more copy of them

@@ -88,7 +88,7 @@ def onednn(x, weight, bias=None):
 
 
 class Product(torch.autograd.Function):
-    """The same with gradients, three products of one kind."""
+    """onednn(x, weight, bias) with gradients, x (N,C): three products of one kind."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -98,11 +98,9 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        rows, dy_rows = x.flatten(0, -2), dy.flatten(0, -2)  # (N,C), (N,out)
         # the first factor is copied when it is turned round: let it be the narrower one
-        wide = weight.shape[0] >= weight.shape[1]
-        dw = onednn(rows.T, dy_rows.T).T if wide else onednn(dy_rows.T, rows.T)
-        return onednn(dy, weight.T), dw, dy_rows.sum(0) if ctx.needs_input_grad[2] else None
+        dw = onednn(x.T, dy.T).T if x.shape[1] <= dy.shape[1] else onednn(dy.T, x.T)
+        return onednn(dy, weight.T), dw, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class Linear(nn.Linear):
@@ -117,9 +115,13 @@ class Linear(nn.Linear):
         """x (...,C) -> (...,out)."""
         if self.packed is not None:
             return onednn(x, self.packed, self.bias)
-        if on_cpu(x) and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
-            return Product.apply(x, self.weight, self.bias)
-        return super().forward(x)
+        if not on_cpu(x) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return super().forward(x)
+        rows = x.flatten(0, -2)  # (N,C)
+        N = len(rows)
+        if N % 128:  # oneDNN compiles and keeps code for each N, 1 GB of it with ragged batches: let there be few
+            rows = F.pad(rows, (0, 0, 0, -N % 128))
+        return Product.apply(rows, self.weight, self.bias)[:N].unflatten(0, x.shape[:-1])
 
 
 def on_cpu(x):

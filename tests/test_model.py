@@ -23,6 +23,67 @@ def random_tokens(rng, *shape, vocab=17):
     return torch.randint(vocab, shape, generator=rng)
 
 
+# ---- matrix products ----
+
+def product(layer, x, dy):
+    """The layer's output, and the gradients of x, weight and bias."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
+
+
+@pytest.mark.parametrize("shape, out", [((3, 7, 24), 40), ((3, 7, 40), 24), ((200, 128), 512), ((1, 16), 8)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("turned", [True, False])
+def test_linear_is_nn_linear_with_its_gradients(rng, shape, out, bias, turned):
+    layer, plain = model.Linear(shape[-1], out, bias=bias), torch.nn.Linear(shape[-1], out, bias=bias)
+    plain.load_state_dict(layer.state_dict())
+    x, dy = torch.randn(shape, generator=rng), torch.randn(*shape[:-1], out, generator=rng)
+    if turned:  # not contiguous in memory
+        x, dy = x.mT.contiguous().mT, dy.mT.contiguous().mT
+    for ours, theirs in zip(product(layer, x, dy), product(plain, x, dy), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+def test_linear_takes_onednn_where_it_can_and_pytorch_elsewhere(monkeypatch):
+    layer, x, sizes, real = model.Linear(8, 4), torch.randn(3, 8), [], model.onednn
+    monkeypatch.setattr(model, "onednn", lambda x, *more: sizes.append(len(x)) or real(x, *more))
+    for N in (1, 3, 127, 128, 129):
+        assert layer(torch.randn(N, 8)).shape == (N, 4)
+    assert sizes == [128, 128, 128, 128, 256]  # few sizes: code is compiled for each of them
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert copy.deepcopy(layer).double()(x.double()).dtype == torch.float64
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with model.packed(layer):
+        assert layer.packed is None and layer(x).shape == (3, 4)
+    assert len(sizes) == 5
+
+
+@torch.no_grad()
+def test_packed_changes_nothing_and_ends(tiny, rng):
+    gpt, tokens = tiny(), random_tokens(rng, 5, 12)
+    expected = gpt(tokens)
+    with pytest.raises(KeyboardInterrupt), model.packed(gpt):
+        assert all(layer.packed is not None for layer in gpt.modules() if isinstance(layer, model.Linear))
+        torch.testing.assert_close(gpt(tokens), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(gpt(tokens[:1, :1]), expected[:1, :1], atol=1e-5, rtol=0)
+        raise KeyboardInterrupt
+    gpt.lm_head.weight.mul_(2)  # the copies are gone: the weights themselves are read again
+    assert not torch.isclose(gpt(tokens), expected).all()
+
+
+@torch.no_grad()
+def test_generate_reads_weights_as_they_are_now(tiny):
+    gpt, (tokens, lengths) = tiny(), padded(PROMPTS)
+    before = gpt.generate(tokens, lengths, 8, temperature=0)[0]
+    gpt.trunk.blocks[0].mlp.up.weight.mul_(-3)
+    after = gpt.generate(tokens, lengths, 8, temperature=0)[0]
+    assert not torch.equal(before, after)
+    check_one_by_one(gpt, PROMPTS, 8, temperature=0)
+    assert all(getattr(layer, "packed", None) is None for layer in gpt.modules())
+
+
 # ---- trunk ----
 
 @torch.no_grad()
