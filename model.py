@@ -293,12 +293,14 @@ class GPT(nn.Module):
         if P + max_new_tokens > self.config.block_size:
             raise ValueError(f"prompt {P} + {max_new_tokens} new tokens > block_size "
                              f"{self.config.block_size}")
-        with packed(self):
-            return self._generate(tokens, lengths, max_new_tokens, temperature, top_k, top_p, eos, generator)
-
-    def _generate(self, tokens, lengths, max_new_tokens, temperature, top_k, top_p, eos, generator):
-        B, P = tokens.shape
         uniform = torch.rand(B, max_new_tokens, generator=generator, device=tokens.device)
+        draw = lambda logits, u: sample(logits, u, temperature, top_k, top_p)
+        with packed(self):
+            return self._generate(tokens, lengths, uniform, draw, eos)
+
+    def _generate(self, tokens, lengths, uniform, draw, eos):
+        """The loop of `generate`: a token a column of uniform (B,max_new_tokens), by draw(logits, u)."""
+        (B, P), max_new_tokens = tokens.shape, uniform.shape[1]
         cache = KVCache(self.trunk, B, P + max_new_tokens)
         rows = torch.arange(B, device=tokens.device)  # which row of the batch each live row is
         read = self.trunk.forward  # not the compiled one: the cache's shapes change at every step
@@ -309,7 +311,7 @@ class GPT(nn.Module):
         lengths = lengths.clone()
         done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         for step in range(max_new_tokens):
-            token = sample(self.lm_head(h), uniform[rows, step], temperature, top_k, top_p)
+            token = draw(self.lm_head(h), uniform[rows, step])
             tokens[rows, lengths[rows]] = token.masked_fill(done, 0)
             lengths[rows] += ~done
             if eos is not None:
