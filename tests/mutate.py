@@ -4,8 +4,8 @@
     python tests/mutate.py --file ppo.py --jobs 4       # every bug of one file
     python tests/mutate.py --count                      # how many there are
 
-The tests of the file run first and up to the first failure, then the others that use these files (THEN);
-a hang is a failure, too. Before any bug, all of these tests must pass on copies with none.
+The tests of the file run first and up to the first failure, then others that use it (FILES); a hang is a
+failure, too. Before any bug, all of these tests must pass on a copy with none.
 Not touched: docstrings, defaults of the Configs, main, and what only prints (SKIP): wrong text or a wrong
 default is nothing that a test could know better. Survivors known to be harmless are in HARMLESS.
 """
@@ -29,8 +29,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")  # it imports torch once, not once a bug
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
-FILES = {"ppo.py": ["ppo"], "train_rm.py": ["rm"], "train_sft.py": ["sft"], "model.py": ["rm", "model"]}
-THEN = ["sft", "rm", "checks", "bench", "model", "ppo", "pipeline"]  # cheap ones first
+FILES = {"ppo.py": ("ppo", "checks pipeline"), "train_rm.py": ("rm", "checks pipeline"),
+         "train_sft.py": ("sft", "checks ppo pipeline"), "model.py": ("rm model gpt2", "sft checks ppo pipeline")}
 ONLY = {"train_sft.py": {"sft_batch", "sft_loss", "sft_backward"}}  # the rest is data and the loop
 SKIP = {"main", "Config", "GPTConfig", "report", "by_margin", "describe", "print_table", "show_sample",
         "print"}
@@ -191,9 +191,9 @@ def run(sources, limit, fast):
                                                                      ".pytest_cache"))
         for file, source in sources.items():
             (copy_to / file).write_text(source)
-        first = list(dict.fromkeys(name for file in sources for name in FILES[file]))
-        for names in (first,) if fast else (first, [name for name in THEN if name not in first]):
-            tests = [f"tests/test_{name}.py" for name in names]
+        for stage in (0,) if fast else (0, 1):
+            names = " ".join(FILES[file][stage] for file in sources).split()
+            tests = [f"tests/test_{name}.py" for name in dict.fromkeys(names)]
             process = FORKS.Process(target=test, args=(str(copy_to), tests, str(log)))
             process.start()
             process.join(limit)
