@@ -86,8 +86,10 @@ def test_how_near_to_1_the_ratio_must_be_before_ppo_starts(monkeypatch, how, lim
     gpt, offset, shipped = GPT(model.GPTConfig(11, 16, 1, 2, 16)).eval(), None, GPT.logps
     monkeypatch.setattr(GPT, "logps", lambda self, h, targets, *rest: shipped(self, h, targets, *rest) + (
         offset(len(targets)) if torch.is_grad_enabled() else 0))
-    start = lambda: ppo.check_start(gpt, gpt, RewardModel.from_gpt(gpt), [[1, 2]] * 8, 0, ppo.Config(max_new_tokens=8, **how), CPU)
-    for sound, factor, spread in ((True, 0.8, 0), (True, -0.8, 0), (False, 1.25, 0), (False, -1.25, 0), (True, 0, 2.2), (False, 0, 2.8)):
+    cfg = ppo.Config(max_new_tokens=8, **how)
+    start = lambda: ppo.check_start(gpt, gpt, RewardModel.from_gpt(gpt), [[1, 2]] * 8, 0, cfg, CPU)
+    for factor, spread, sound in ((.95, 0, True), (-.95, 0, True), (1.05, 0, False), (-1.05, 0, False), (0, 2.2, True),
+                                  (0, 2.7, False)):
         offset = lambda n: limit * (factor + spread * torch.linspace(-1, 1, n))
         with nullcontext() if sound else pytest.raises(UserError, match="the ratio is not 1"):
             start()

@@ -657,6 +657,10 @@ def test_rollout_stats_by_hand():
     assert stats["kl"] == pytest.approx(sum(k1) / 12, abs=1e-5)
     assert stats["length"] == pytest.approx((batch["lengths"] - batch["P"]).float().mean().item())
     assert stats["eos"] == batch["ended"].float().mean().item() and stats["score"] == pytest.approx(batch["score"].mean().item())
+    assert stats["explained"] == explained_variance(batch["value"], batch["ret"], mask) and "gold" not in stats
+    world = types.SimpleNamespace(gold_score=lambda prompt, response: len(prompt) + 100 * len(response))
+    stats = ppo.rollout_stats(batch, types.SimpleNamespace(decode=lambda ids: ids), world)
+    assert stats["gold"] == pytest.approx((batch["P"] + 100 * (batch["lengths"] - batch["P"])).float().mean().item())
 
 
 def test_K8_mean_kl_is_not_negative():
