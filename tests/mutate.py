@@ -159,12 +159,11 @@ def mutants(file):
             holder, key = tree.body, tree.body.index(node)
         put = (lambda x: setattr(holder, key, x)) if i is None else (lambda x: holder.__setitem__(key, x))
         for new in list(mutants_of(node)):
-            before = ast.unparse(node).split("\n")[0 if not isinstance(node, ast.FunctionDef) else -1]
+            before = ast.unparse(node).split("\n")[0]
             put(ast.fix_missing_locations(ast.copy_location(new, node)))
             text = ast.unparse(tree)
             put(node)
-            after = ("decorator removed: " + node.name if isinstance(node, ast.FunctionDef)
-                     else ast.unparse(new).split("\n")[0])
+            after = "" if isinstance(node, ast.FunctionDef) else ast.unparse(new).split("\n")[0]
             if text != ast.unparse(tree):
                 number = getattr(node, "lineno", getattr(parent, "lineno", 0))
                 what = f"{lines[number - 1].strip()}: {before} -> {after}"
