@@ -367,10 +367,10 @@ def test_the_score_of_best_responses_is_standard_when_sft_never_ends(tmp_path, c
 
 
 def ending_gpt():
-    """One whose texts mostly end in time."""
+    """One whose every token ends the text with probability 1/5."""
     gpt = tiny_gpt(std=None, vocab_size=257, block_size=16)
-    favour = 4.0 * torch.nn.functional.one_hot(torch.tensor(256), 257)
-    gpt.lm_head.register_forward_hook(lambda module, args, logits: logits + favour)
+    favour = math.log(64) * torch.nn.functional.one_hot(torch.tensor(256), 257)
+    gpt.lm_head.register_forward_hook(lambda module, args, logits: 0 * logits + favour)
     return gpt
 
 
@@ -382,7 +382,7 @@ def test_sample_texts_goes_on_from_every_prompt_once():
     for part in (prompts[:128], prompts[128:256], prompts[256:]):
         tokens, lengths = gpt.generate(*pad(part), 12 - 3, eos=256, generator=g)
         expected += [row[:n].tolist() for row, n in zip(tokens, lengths) if row[n - 1] == 256]
-    assert got == expected and 200 < len(got) < 300
+    assert got == expected and 100 < len(got) < 300
     assert train_rm.sample_texts(gpt, [[1, 256], [5, 6, 7]], 256, 3, g, "cpu") == []
 
 
@@ -393,7 +393,7 @@ def test_R19_samples_of_the_sft_model_are_standard(monkeypatch, tmp_path, pool):
     rm = RewardModel.from_gpt(tiny_gpt(vocab_size=257, block_size=16), pool).eval()
     seen, shipped = [], train_rm.score_rows
     monkeypatch.setattr(train_rm, "score_rows", lambda rm, rows, *rest: seen.extend(rows) or shipped(rm, rows, *rest))
-    groups = encode([("x" * (1 + i % 5), ["a", "b"], [0, 1], None) for i in range(300)], BYTES, 16, "x")
+    groups = encode([("x" * (9 + i % 5), ["a", "b"], [0, 1], None) for i in range(300)], BYTES, 16, "x")
     train_rm.normalise(rm, gpt, groups, tmp_path, BYTES, Config(), "cpu")
     assert 64 <= len(seen) < 300 and all(row[-1] == 256 and row[0] == ord("x") for row in seen)
     assert len({len(row) for row in seen}) > 3 and max(map(len, seen)) == 16 - (pool == "token")
