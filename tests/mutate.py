@@ -4,27 +4,33 @@
     python tests/mutate.py --file ppo.py --jobs 4       # every bug of one file
     python tests/mutate.py --count                      # how many there are
 
-The tests of the file run first and up to the first failure, then the others; a hang is a failure, too.
+The tests of the file run first and up to the first failure, then others that use it (FILES); a hang is a
+failure, too. Before any bug, all of these tests must pass on a copy with none.
 Not touched: docstrings, defaults of the Configs, main, and what only prints (SKIP): wrong text or a wrong
 default is nothing that a test could know better. Survivors known to be harmless are in HARMLESS.
 """
 import argparse
 import ast
 import copy
+import multiprocessing
 import os
 import random
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-FILES = {"model.py": ["test_model.py", "test_rm.py"], "train_rm.py": ["test_rm.py"],
-         "ppo.py": ["test_ppo.py"], "train_sft.py": ["test_sft.py"]}
+FORKS = multiprocessing.get_context("forkserver")  # it imports torch once, not once a bug
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
+FILES = {"ppo.py": ("ppo", "checks pipeline"), "train_rm.py": ("rm", "checks pipeline"),
+         "train_sft.py": ("sft", "checks ppo pipeline"), "model.py": ("rm model gpt2", "sft checks ppo pipeline")}
 ONLY = {"train_sft.py": {"sft_batch", "sft_loss", "sft_backward"}}  # the rest is data and the loop
 SKIP = {"main", "Config", "GPTConfig", "report", "by_margin", "describe", "print_table", "show_sample",
         "print"}
@@ -153,12 +159,11 @@ def mutants(file):
             holder, key = tree.body, tree.body.index(node)
         put = (lambda x: setattr(holder, key, x)) if i is None else (lambda x: holder.__setitem__(key, x))
         for new in list(mutants_of(node)):
-            before = ast.unparse(node).split("\n")[0 if not isinstance(node, ast.FunctionDef) else -1]
+            before = ast.unparse(node).split("\n")[0]
             put(ast.fix_missing_locations(ast.copy_location(new, node)))
             text = ast.unparse(tree)
             put(node)
-            after = ("decorator removed: " + node.name if isinstance(node, ast.FunctionDef)
-                     else ast.unparse(new).split("\n")[0])
+            after = "" if isinstance(node, ast.FunctionDef) else ast.unparse(new).split("\n")[0]
             if text != ast.unparse(tree):
                 number = getattr(node, "lineno", getattr(parent, "lineno", 0))
                 what = f"{lines[number - 1].strip()}: {before} -> {after}"
@@ -166,28 +171,37 @@ def mutants(file):
     return found
 
 
-def run(mutant, limit, fast):
-    """"caught by ..." or "survived"."""
-    *_, file, source = mutant
+def test(folder, tests, log):
+    """In a process of its own, forked from one that has imported torch: pytest, up to the first failure."""
+    os.setsid()
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    with open(log, "w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os._exit(int(pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests])))
+
+
+def run(sources, limit, fast):
+    """"caught by ..." or "survived": the tests on a copy of the project with these {file: source}."""
     with tempfile.TemporaryDirectory() as folder:
-        copy_to = Path(folder) / "project"
+        copy_to, log = Path(folder) / "project", Path(folder) / "log"
         shutil.copytree(ROOT, copy_to, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", "runs",
                                                                      ".pytest_cache"))
-        (copy_to / file).write_text(source)
-        first = [f"tests/{name}" for name in FILES[file]]
-        rest = [f"--ignore={name}" for name in first] + ["--ignore=tests/mutate.py", "tests"]
-        for tests in (first,) if fast else (first, rest):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests],
-                cwd=copy_to, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-            try:
-                out = process.communicate(timeout=limit)[0]
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.communicate()
+        for file, source in sources.items():
+            (copy_to / file).write_text(source)
+        for stage in (0,) if fast else (0, 1):
+            names = " ".join(FILES[file][stage] for file in sources).split()
+            tests = [f"tests/test_{name}.py" for name in dict.fromkeys(names)]
+            process = FORKS.Process(target=test, args=(str(copy_to), tests, str(log)))
+            process.start()
+            process.join(limit)
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
                 return f"caught: no end after {limit} s"
-            if process.returncode:
-                named = [line for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            if process.exitcode:
+                named = [line for line in log.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
                 return "caught by " + re.sub("^FAILED |^ERROR | - .*", "", [*named, "the import"][0])
     return "survived"
 
@@ -195,7 +209,7 @@ def run(mutant, limit, fast):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", choices=FILES, help="only this one")
+    parser.add_argument("--file", choices=FILES, nargs="+", default=list(FILES), help="only these")
     parser.add_argument("--sample", type=int, default=0, help="so many at random instead of all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=1, help="so many at a time")
@@ -203,17 +217,22 @@ def main():
     parser.add_argument("--fast", action="store_true", help="only the tests of the file itself")
     parser.add_argument("--count", action="store_true", help="only tell how many there are")
     args = parser.parse_args()
-    every = [m for file in ([args.file] if args.file else FILES) for m in mutants(file)]
+    every = [m for file in args.file for m in mutants(file)]
     planted = [m for m in every if m[1] not in HARMLESS]
-    for file in FILES:
+    for file in args.file:
         print(f"{file}: {sum(m[2] == file for m in every)} bugs", flush=True)
     if args.count:
         return
     if args.sample:
         planted = random.Random(args.seed).sample(planted, min(args.sample, len(planted)))
+    files = sorted({file for _, _, file, _ in planted})
+    same = {file: ast.unparse(ast.parse((ROOT / file).read_text())) for file in files}
+    clean = run(same, args.limit, args.fast)
+    if clean != "survived":
+        raise SystemExit(f"without any bug: {clean}")
     start, alive = time.time(), []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for mutant, end in zip(planted, pool.map(lambda m: run(m, args.limit, args.fast), planted)):
+        for mutant, end in zip(planted, pool.map(lambda m: run({m[2]: m[3]}, args.limit, args.fast), planted)):
             print(f"{mutant[0]}  {mutant[1]}  {end}", flush=True)
             alive += [mutant] if end == "survived" else []
     print(f"\n{len(planted) - len(alive)} of {len(planted)} caught in {time.time() - start:.0f} s")

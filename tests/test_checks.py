@@ -1,6 +1,7 @@
 """What a run says before it starts, and when it goes wrong: self-checks of a hacked model.py, NaN, warnings of PPO."""
 import math
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -77,6 +78,22 @@ def test_ppo_does_not_start_with_a_broken_model(made, monkeypatch, change, why):
     hack(monkeypatch, model.MLP, "forward", change)
     with pytest.raises(UserError, match=f"self-check: {why}"):
         ppo.main(ppo.Config(**made | PPO))
+
+
+@pytest.mark.parametrize("how, limit", [({}, 1e-5), ({"bf16": True}, 1e-2), ({"compile": True}, 1e-2)])
+def test_how_near_to_1_the_ratio_must_be_before_ppo_starts(monkeypatch, how, limit):
+    """To the limit, in both directions; where the mean ratio is 1, the KL, 1/6 of the offset's square, to the limit's."""
+    gpt, offset, shipped = GPT(model.GPTConfig(11, 16, 1, 2, 16)).eval(), None, GPT.logps
+    monkeypatch.setattr(GPT, "logps", lambda self, h, targets, *rest: shipped(self, h, targets, *rest) + (
+        offset(len(targets)) if torch.is_grad_enabled() else 0))
+    cfg = ppo.Config(max_new_tokens=8, **how)
+    start = lambda: ppo.check_start(gpt, gpt, RewardModel.from_gpt(gpt), [[1, 2]] * 8, 0, cfg, CPU)
+    for factor, spread, sound in ((.95, 0, True), (-.95, 0, True), (1.05, 0, False), (-1.05, 0, False), (0, 2.2, True),
+                                  (0, 2.7, False)):
+        offset = lambda n: limit * (factor + spread * torch.linspace(-1, 1, n))
+        with nullcontext() if sound else pytest.raises(UserError, match="the ratio is not 1"):
+            start()
+    assert all(p.grad is None for p in gpt.parameters())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

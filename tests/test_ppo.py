@@ -657,6 +657,10 @@ def test_rollout_stats_by_hand():
     assert stats["kl"] == pytest.approx(sum(k1) / 12, abs=1e-5)
     assert stats["length"] == pytest.approx((batch["lengths"] - batch["P"]).float().mean().item())
     assert stats["eos"] == batch["ended"].float().mean().item() and stats["score"] == pytest.approx(batch["score"].mean().item())
+    assert stats["explained"] == explained_variance(batch["value"], batch["ret"], mask) and "gold" not in stats
+    world = types.SimpleNamespace(gold_score=lambda prompt, response: len(prompt) + 100 * len(response))
+    stats = ppo.rollout_stats(batch, types.SimpleNamespace(decode=lambda ids: ids), world)
+    assert stats["gold"] == pytest.approx((batch["P"] + 100 * (batch["lengths"] - batch["P"])).float().mean().item())
 
 
 def test_K8_mean_kl_is_not_negative():
@@ -783,3 +787,25 @@ def test_B9_win_rate_counts_ties_half():
 def test_means_of_a_report():
     result = {"score": [1.0, 2.0, 6.0], "gold": [], "texts": [("p", " a b c"), ("q", " a b")]}
     assert ppo.means(result) == pytest.approx({"score": 3.0, "distinct_2": 2 / 3})
+
+
+def test_evaluate_has_a_number_for_each_prompt():
+    """In more than one batch, by hand from each text alone; always with the same random numbers."""
+    policy, ref, critic, rm, cfg, _ = make_batch(B=2, std=.15)
+    tokenizer = types.SimpleNamespace(eos=EOS, decode=lambda ids: " ".join(map(str, ids)))
+    world = types.SimpleNamespace(gold_score=lambda prompt, response: 100 * len(prompt) + len(response))
+    prompts, rows, g = [[i % 16, 3, 5][: 1 + i % 3] for i in range(130)], [], gen(0)
+    more = ppo.model_reward(rm), rm, prompts, tokenizer, world, cfg, torch.device("cpu")
+    result = ppo.evaluate(policy, ref, critic, *more)
+    for batch in (rollout(policy, prompts[:128], EOS, cfg, g), rollout(policy, prompts[128:], EOS, cfg, g)):
+        for row, n, p, ended in zip(*(batch[name].tolist() for name in ("tokens", "lengths", "P", "ended"))):
+            text = torch.tensor([row[:n]])
+            judge, texts = rm(text)[0, -1].item(), (tokenizer.decode(row[:p]), tokenizer.decode(row[p:n]))
+            kl = (token_logps(policy, text, 1.0) - token_logps(ref, text, 1.0))[0, p - 1 :].sum().item()
+            rows.append({"score": judge if ended else cfg.no_eos_score, "judge": judge, "kl": kl, "gold": world.gold_score(*texts),
+                         "eos": float(ended), "length": n - p, "texts": texts})
+    assert result.pop("texts") == [row["texts"] for row in rows] and 0 < sum(row["eos"] for row in rows) < 130
+    for name, numbers in result.items():
+        assert numbers == pytest.approx([row[name] for row in rows], abs=1e-4), name
+    again = ppo.evaluate(policy, ref, critic, more[0], None, prompts, tokenizer, None, cfg, torch.device("cpu"))
+    assert again["score"] == result["score"] and again["judge"] == again["gold"] == []

@@ -201,8 +201,9 @@ def test_encode_exact_fit_is_not_cut_and_nothing_left_is_an_error(capsys):
     assert encode([("abc", ["d", "e"], [0, 1], None)], BYTES, 5, "x")[0].rows[0] == list(b"abcd") + [BYTES.eos]
     assert capsys.readouterr().out == ""
     assert encode([("abc", ["defg", "e"], [0, 1], None)], BYTES, 6, "x")[0].prompt == list(b"c")  # one token is left
-    with pytest.raises(UserError, match="x: no example fits"):
-        encode([("abc", ["defghi", "e"], [0, 1], None)], BYTES, 6, "x")
+    for long in ("defgh", "defghi"):  # the first leaves no token
+        with pytest.raises(UserError, match="x: no example fits"):
+            encode([("abc", [long, "e"], [0, 1], None)], BYTES, 6, "x")
 
 
 # ---- scale ----
@@ -245,6 +246,17 @@ def test_R26_calibration_error():
     gap = torch.where(torch.rand(20000, generator=g) < true.sigmoid(), true, -true)  # score of the winner - loser
     assert calibration_error(gap) < 0.015
     assert calibration_error(3 * gap) > 0.1 and calibration_error(gap / 3) > 0.05
+
+
+def test_R26_calibration_error_by_hand():
+    """Ten equal bins of the margin, from 0.5 to 1; a margin of 1 is in the last, an equal pair half right."""
+    gap = [0.0, 0.0, 0.1, -0.15, 0.3, 0.66, -0.8, 2.0, -2.1, 2.05, 2.5, 3.5, -40.0, 1e4, 1e4]
+    bins = {}
+    for x in gap:
+        p = 1 / (1 + math.exp(-abs(x)))
+        bins.setdefault(min(9, int((p - 0.5) * 20)), []).append(((x > 0) + 0.5 * (x == 0)) - p)
+    expected = sum(abs(sum(part)) for part in bins.values()) / len(gap)
+    assert len(bins) == 6 and calibration_error(torch.tensor(gap)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_R24_report_prints_longer_wins_and_the_ceiling(capsys):
@@ -354,17 +366,36 @@ def test_the_score_of_best_responses_is_standard_when_sft_never_ends(tmp_path, c
     assert scores.mean().abs() < 1e-4 and scores.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
 
 
-def test_R19_samples_of_the_sft_model_are_standard(monkeypatch, tmp_path):
-    """normalise: the finished samples of the SFT model, and only those, get mean 0 and sd 1."""
+def ending_gpt():
+    """One whose every token ends the text with probability 1/5."""
     gpt = tiny_gpt(std=None, vocab_size=257, block_size=16)
-    favour = 4.0 * torch.nn.functional.one_hot(torch.tensor(256), 257)
-    gpt.lm_head.register_forward_hook(lambda module, args, logits: logits + favour)  # most texts end in time
-    rm = RewardModel.from_gpt(tiny_gpt(vocab_size=257, block_size=16)).eval()
+    favour = math.log(64) * torch.nn.functional.one_hot(torch.tensor(256), 257)
+    gpt.lm_head.register_forward_hook(lambda module, args, logits: 0 * logits + favour)
+    return gpt
+
+
+def test_sample_texts_goes_on_from_every_prompt_once():
+    """In batches of 128, in their order; a text that does not end, or has nothing new, is left out."""
+    gpt, prompts, g = ending_gpt(), [[i % 256, i // 256, 7][: 2 + i % 2] for i in range(300)], torch.Generator().manual_seed(1)
+    got = train_rm.sample_texts(gpt, prompts, 256, 12, torch.Generator().manual_seed(1), "cpu")
+    expected = []
+    for part in (prompts[:128], prompts[128:256], prompts[256:]):
+        tokens, lengths = gpt.generate(*pad(part), 12 - 3, eos=256, generator=g)
+        expected += [row[:n].tolist() for row, n in zip(tokens, lengths) if row[n - 1] == 256]
+    assert got == expected and 100 < len(got) < 300
+    assert train_rm.sample_texts(gpt, [[1, 256], [5, 6, 7]], 256, 3, g, "cpu") == []
+
+
+@pytest.mark.parametrize("pool", ["last", "token"])
+def test_R19_samples_of_the_sft_model_are_standard(monkeypatch, tmp_path, pool):
+    """normalise: the finished samples of the SFT model, and only those, get mean 0 and sd 1; with room for a reward token."""
+    gpt = ending_gpt()
+    rm = RewardModel.from_gpt(tiny_gpt(vocab_size=257, block_size=16), pool).eval()
     seen, shipped = [], train_rm.score_rows
     monkeypatch.setattr(train_rm, "score_rows", lambda rm, rows, *rest: seen.extend(rows) or shipped(rm, rows, *rest))
-    groups = encode([("x" * (1 + i % 5), ["a", "b"], [0, 1], None) for i in range(300)], BYTES, 16, "x")
+    groups = encode([("x" * (9 + i % 5), ["a", "b"], [0, 1], None) for i in range(300)], BYTES, 16, "x")
     train_rm.normalise(rm, gpt, groups, tmp_path, BYTES, Config(), "cpu")
     assert 64 <= len(seen) < 300 and all(row[-1] == 256 and row[0] == ord("x") for row in seen)
-    assert len({len(row) for row in seen}) > 3
+    assert len({len(row) for row in seen}) > 3 and max(map(len, seen)) == 16 - (pool == "token")
     scores = shipped(rm, seen, 256, "cpu")
     assert scores.mean().abs() < 1e-4 and scores.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)

@@ -9,7 +9,7 @@ import model
 from common import UserError, batches, clip_and_step, pad, set_lr
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from train_sft import Config, encode, evaluate, make_optimizer, sft_batch, sft_loss
+from train_sft import Config, encode, evaluate, make_optimizer, sft_backward, sft_batch, sft_loss
 
 ROWS = [([3, 5, 1, 7, 9, 16], 2), ([4, 4, 16], 1), ([2, 6, 11, 12, 13, 8, 0, 1, 16], 6), ([16, 10, 16], 1)]
 
@@ -112,6 +112,17 @@ def test_S6_micro_batches_sum_to_the_gradient_of_the_whole(tiny, monkeypatch, pi
     whole = gradient(gpt, [ROWS], ROWS)
     for parts in ([[row] for row in ROWS], [ROWS[:1], ROWS[1:]]):
         torch.testing.assert_close(gradient(gpt, parts, ROWS), whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 20, 10**6])
+def test_S6_sft_backward_is_the_loss_a_token_and_its_gradient(tiny, micro_batch):
+    """In pieces of any size; the weight is that of the gradient, which is added to what is there."""
+    gpt = tiny()
+    whole, (loss, count) = gradient(gpt, [ROWS], ROWS), sft_loss(gpt, *sft_batch(ROWS, "cpu"))
+    for weight, times in (((), 2), ((0.5,), 2.5)):  # on top of the 1 of `whole`
+        assert sft_backward(gpt, ROWS, micro_batch, "cpu", "here", *weight) == pytest.approx(loss.item() / count, rel=1e-5)
+        now = torch.cat([p.grad.flatten() for p in gpt.parameters()])
+        torch.testing.assert_close(now, times * whole, atol=1e-5, rtol=1e-4)
 
 
 def test_S8_overfits_four_sequences_and_says_them_with_eos(tokenizer):
