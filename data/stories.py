@@ -19,7 +19,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "files" / "stories"
 BEST = 1.0  # gold of a perfect story
 SHARPNESS = 10.0  # logits of preference for each unit of gold: a gap of 0.3 is chosen 95% of the time
-SIZES = {"sft": 6000, "sft_val": 400, "preferences": 28000, "preferences_val": 2000,
+SIZES = {"sft": 6000, "sft_val": 400, "preferences": 36000, "preferences_val": 2000,
          "prompts": 4000, "prompts_val": 256}
 
 HEROES = "fox bear rabbit owl mouse cat dog duck horse frog squirrel hedgehog".split()
