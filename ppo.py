@@ -50,7 +50,7 @@ class Config:
     micro_batch: int = 4096  # tokens in a forward pass, padding included; changes no result
     lr: float = 3e-4  # peak for the policy; warm-up over 5 updates, then linear to 0
     critic_lr: float = 3e-4  # the same for the critic
-    kl_coef: float = 0.05  # price of a nat of KL to the reference, in standard deviations of score
+    kl_coef: float = 0.035  # price of a nat of KL to the reference, in standard deviations of score
     kl_target: float = 0.0  # if > 0, kl_coef is steered towards this KL (nats a response)
     kl_horizon: int = 1000  # responses over which kl_coef may change about twofold
     update_kl: float = 0.05  # inner passes end when KL(old, new) a token is above 1.5 x this
