@@ -39,9 +39,11 @@ def run(main, Config):
 
 
 def keep_memory():
-    """Have glibc keep large blocks that were freed, unless MALLOC_... variables say what it is to do. By default
-    they go back to the system, which clears them page by page when they are wanted again: a third of the time of
-    a PPO update at bench.py's 30m shape."""
+    """Have glibc keep large blocks that were freed, unless MALLOC_... variables say what it is to do.
+
+    By default they go back to the system, which clears them page by page when they are wanted again: a third
+    of the time of a PPO update at bench.py's 30m shape.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt(-4, 0)  # M_MMAP_MAX: no block outside of the heap

@@ -119,7 +119,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         rows = x.flatten(0, -2)  # (N,C)
         N = len(rows)
-        if N % 128:  # oneDNN compiles and keeps code for each N, 1 GB of it with ragged batches: let there be few
+        if N % 128:  # oneDNN compiles and keeps code for each N, 1 GB with ragged batches: let there be few
             rows = F.pad(rows, (0, 0, 0, -N % 128))
         return Product.apply(rows, self.weight, self.bias)[:N].unflatten(0, x.shape[:-1])
 
