@@ -469,6 +469,7 @@ def test_R9_head_init():
     rm = RewardModel(model.Trunk(GPTConfig(vocab_size=1, block_size=1, n_layer=0, n_head=1, d_model=4096)))
     assert rm.reward_head.weight.std().item() == pytest.approx(1 / math.sqrt(4097), rel=0.05)
     assert rm.reward_head.bias.item() == 0
+    assert RewardModel(rm.trunk, "token").reward_token.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 # ---- where the reward model reads ----
