@@ -126,7 +126,8 @@ class Linear(nn.Linear):
 
 def on_cpu(x):
     """Whether oneDNN can take this tensor."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    kind = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return kind and x.dim() > 1 and x.numel() > 0
 
 
 @contextmanager

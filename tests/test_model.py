@@ -32,14 +32,15 @@ def product(layer, x, dy):
     return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
 
 
-@pytest.mark.parametrize("shape, out", [((3, 7, 24), 40), ((3, 7, 40), 24), ((200, 128), 512), ((1, 16), 8)])
+@pytest.mark.parametrize("shape, out", [((3, 7, 24), 40), ((3, 7, 40), 24), ((200, 128), 512), ((1, 16), 8), ((0, 16), 8),
+                                        ((2, 0, 16), 8), ((16,), 8)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
 def test_linear_is_nn_linear_with_its_gradients(rng, shape, out, bias, turned):
     layer, plain = model.Linear(shape[-1], out, bias=bias), torch.nn.Linear(shape[-1], out, bias=bias)
     plain.load_state_dict(layer.state_dict())
     x, dy = torch.randn(shape, generator=rng), torch.randn(*shape[:-1], out, generator=rng)
-    if turned:  # not contiguous in memory
+    if turned and x.dim() > 1:  # not contiguous in memory
         x, dy = x.mT.contiguous().mT, dy.mT.contiguous().mT
     for ours, theirs in zip(product(layer, x, dy), product(plain, x, dy), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
