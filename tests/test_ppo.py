@@ -749,6 +749,9 @@ def test_a_reward_function_that_returns_something_else_is_named(result):
 @pytest.mark.parametrize("result", [None, 3.0, [10**400, 1.0]])
 def test_a_reward_function_that_returns_no_list_is_named(result):
     test_a_reward_function_that_returns_something_else_is_named(result)
+    reward = ppo.text_reward(lambda prompts, responses: result, "mine.py:f", get_tokenizer("bytes"))
+    with pytest.raises(UserError, match="mine.py:f must return 1 finite numbers"):
+        reward(*pad([[65, 66]]), torch.tensor([1]))
 
 
 def test_import_function(tmp_path):
