@@ -394,9 +394,11 @@ def test_R19_samples_of_the_sft_model_are_standard(monkeypatch, tmp_path, pool):
     rm = RewardModel.from_gpt(tiny_gpt(vocab_size=257, block_size=16), pool).eval()
     seen, shipped = [], train_rm.score_rows
     monkeypatch.setattr(train_rm, "score_rows", lambda rm, rows, *rest: seen.extend(rows) or shipped(rm, rows, *rest))
-    groups = encode([("x" * (9 + i % 5), ["a", "b"], [0, 1], None) for i in range(300)], BYTES, 16, "x")
+    groups = encode([("x" * (9 + i % 5), ["a", "b"], [0, 1], None) for i in range(600)], BYTES, 16, "x")
     train_rm.normalise(rm, gpt, groups, tmp_path, BYTES, Config(), "cpu")
-    assert 64 <= len(seen) < 300 and all(row[-1] == 256 and row[0] == ord("x") for row in seen)
+    assert seen == train_rm.sample_texts(gpt, [group.prompt for group in groups[:512]], 256, 16 - (pool == "token"),
+                                         torch.Generator().manual_seed(Config.seed), "cpu")
+    assert 64 <= len(seen) < 512 and all(row[-1] == 256 and row[0] == ord("x") for row in seen)
     assert len({len(row) for row in seen}) > 3 and max(map(len, seen)) == 16 - (pool == "token")
     scores = shipped(rm, seen, 256, "cpu")
     assert scores.mean().abs() < 1e-4 and scores.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
