@@ -23,6 +23,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -369,13 +370,9 @@ def evaluate(policy, ref, critic, reward, judge, prompts, tokenizer, world, cfg,
     return result
 
 
-def mean(x):
-    return sum(x) / len(x) if x else None
-
-
 def means(result):
     """The mean of every list of numbers in a result of `evaluate`, and how varied its texts are."""
-    numbers = {name: mean(x) for name, x in result.items() if name != "texts" and x}
+    numbers = {name: fmean(x) for name, x in result.items() if name != "texts" and x}
     return numbers | {"distinct_2": distinct_2([response for _, response in result["texts"]])}
 
 
@@ -389,7 +386,7 @@ def distinct_2(texts):
 
 def win_rate(after, before):
     """Share of prompts whose number is larger after than before; ties count half."""
-    return mean([(a > b) + 0.5 * (a == b) for a, b in zip(after, before)])
+    return fmean([(a > b) + 0.5 * (a == b) for a, b in zip(after, before)])
 
 
 def print_table(before, after, world, show):
@@ -400,7 +397,7 @@ def print_table(before, after, world, show):
         print(f"{name:<21}   " + "".join(f"{x:11.3f}" for x in means(result).values()))
     print(f"PPO scores higher than SFT in {win_rate(after['score'], before['score']):.1%}", end="")
     if world:
-        closed = (mean(after["gold"]) - mean(before["gold"])) / (world.BEST - mean(before["gold"]))
+        closed = (fmean(after["gold"]) - fmean(before["gold"])) / (world.BEST - fmean(before["gold"]))
         print(f", has more gold in {win_rate(after['gold'], before['gold']):.1%}; of the gold between "
               f"the SFT model and the best possible it gained {closed:.1%}", end="")
     if before["judge"]:
@@ -420,7 +417,7 @@ def rollout_stats(batch, tokenizer, world):
     stats = {"score": batch["score"].mean().item()}
     if world:
         texts = split_texts(batch["tokens"], batch["lengths"], batch["P"], tokenizer)
-        stats["gold"] = mean([world.gold_score(*text) for text in zip(*texts)])
+        stats["gold"] = fmean([world.gold_score(*text) for text in zip(*texts)])
     stats["kl"] = torch.where(mask, batch["logp"] - batch["ref_logp"], 0.0).sum(1).mean().item()
     stats["entropy"] = -masked_mean(batch["logp"], mask).item()  # an unbiased estimate, in nats a token
     stats["eos"] = batch["ended"].float().mean().item()
