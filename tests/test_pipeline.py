@@ -300,6 +300,19 @@ def test_a_reward_model_of_another_tokenizer_is_refused(made, tmp_path):
         ppo.main(ppo.Config(data=str(made / "data"), out=str(tmp_path), **PPO))
 
 
+@pytest.mark.parametrize("length", [16, 48])
+def test_a_reward_model_for_shorter_texts_is_refused_and_one_for_longer_taken(made, tmp_path, length):
+    policy, tokenizer, path = load(GPT, made / "out/sft.pt"), load_tokenizer(made / "out/sft.pt"), tmp_path / "rm.pt"
+    config = GPTConfig(tokenizer.vocab_size, length, 1, 2, 32)
+    save(path, RewardModel.from_gpt(GPT(config)), tokenizer)
+    take = lambda: ppo.load_reward_model(path, policy, tokenizer, ppo.Config(**PPO), torch.device("cpu"))
+    if length == 48:
+        assert take().config == config
+    else:
+        with pytest.raises(UserError, match="shorter texts"):
+            take()
+
+
 def test_checkpoints_of_the_wrong_kind_or_damaged_are_refused(made, tmp_path):
     where = {"data": str(made / "data"), "out": str(tmp_path)}
     shutil.copy(made / "out/rm.pt", tmp_path / "sft.pt")

@@ -233,6 +233,15 @@ def test_R19_R20_normalise_once_keeps_the_order_and_survives_saving(pool, tmp_pa
         assert torch.equal(again(tokens)[torch.arange(40), lengths - 1].detach(), scores)
 
 
+def test_R20_a_shift_alone_is_a_normalisation_and_carries_no_gradient():
+    """Of scores with standard deviation 1 just the mean goes; scores that can be trained on leave nothing behind."""
+    rm = RewardModel.from_gpt(tiny_gpt())
+    rm.normalise(torch.tensor([1.0, 3.0], requires_grad=True))
+    assert rm.shift == 2 and rm.scale == 1 and not rm.shift.requires_grad and not rm.scale.requires_grad
+    with pytest.raises(ValueError, match="already"):
+        rm.normalise(torch.tensor([1.0, 4.0]))
+
+
 def test_R20_equal_scores_are_refused():
     with pytest.raises(ValueError, match="equal"):
         RewardModel.from_gpt(tiny_gpt()).normalise(torch.ones(8))
