@@ -54,8 +54,8 @@ def count_bytes(config, batch, prompt, response, rows, checkpointed=False):
     part = {
         "gradients": gpt + rm, "KV cache": 2 * L * batch * (prompt + response) * C * FLOAT,
         "logits chunk": min(rows * response * V, max(V, LOGITS_AT_ONCE)) * FLOAT,
-        "activations a token": 2 * saved_floats(config) * FLOAT,  # 2: policy and critic
-        "activations a token, checkpointed": 2 * saved_floats(config, True) * FLOAT}
+        "activations a token": saved_floats(config) * FLOAT,  # of the policy, then of the critic
+        "activations a token, checkpointed": saved_floats(config, True) * FLOAT}
     # sampling: logits, their softmax, its sum; prefill: one block's q k v, MLP and residuals. The packed copy
     # of the weights is there on a CPU alone
     rollout = part["KV cache"] + 3 * batch * V * FLOAT + 12 * C * batch * prompt * FLOAT
@@ -66,14 +66,12 @@ def count_bytes(config, batch, prompt, response, rows, checkpointed=False):
 
 
 def backward_bytes(config, tokens, logits, checkpointed):
-    """Peak of the backward pass of a micro-batch of policy and critic, beside the gradients in .grad."""
+    """Peak of the backward passes of a micro-batch, policy or critic, beside the gradients in .grad."""
     V, C = config.vocab_size, config.d_model
-    acts = tokens * saved_floats(config, checkpointed) * FLOAT  # of one of the two
-    # the critic goes first: both models' activations, and the gradients in its last MLP, C + 4C + 4C
-    critic = 2 * acts + 9 * C * tokens * FLOAT
-    # then the policy, from its head on: log-probs and two gradients of a chunk of logits, and two pieces
-    # of the gradient of the tied V x C before they are added to .grad
-    return max(critic, acts + 3 * logits + 2 * V * C * FLOAT)
+    acts = tokens * saved_floats(config, checkpointed) * FLOAT
+    # both: the gradients in the last MLP, C + 4C + 4C. Before, the policy: log-probs and two gradients of a
+    # chunk of logits, and two pieces of the gradient of the tied V x C before they are added to .grad
+    return acts + max(9 * C * tokens * FLOAT, 3 * logits + 2 * V * C * FLOAT)
 
 
 def largest(config, batch, prompt, response, memory, checkpointed=False):

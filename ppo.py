@@ -235,8 +235,9 @@ def minibatch_backward(policy, critic, batch, part, cfg):
         share, mask = b["mask"].sum() / total, b["mask"]
         logp = token_logps(policy, b["tokens"], cfg.temperature, mask)
         loss, clipped = policy_loss(logp, b["logp"], b["adv"], mask, cfg.clip)
+        (share * loss).backward()  # now, so that the critic's activations take the place of the policy's
         v_loss = value_loss(critic(b["tokens"][:, :-1]), b["value"], b["ret"], mask, cfg.clip)
-        (share * (loss + v_loss)).backward()
+        (share * v_loss).backward()
         with torch.no_grad():
             numbers = {"ratio": masked_mean((logp - b["logp"]).exp(), mask), "clipped": clipped,
                        "update_kl": approx_kl(logp, b["logp"], mask), "value_loss": v_loss}
