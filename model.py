@@ -115,7 +115,7 @@ class Linear(nn.Linear):
         """x (...,C) -> (...,out)."""
         if self.packed is not None:
             return onednn(x, self.packed, self.bias)
-        if not on_cpu(x) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if not onednn_takes(x) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return super().forward(x)
         rows = x.flatten(0, -2)  # (N,C)
         N = len(rows)
@@ -124,10 +124,10 @@ class Linear(nn.Linear):
         return Product.apply(rows, self.weight, self.bias)[:N].unflatten(0, x.shape[:-1])
 
 
-def on_cpu(x):
-    """Whether oneDNN can take this tensor."""
-    kind = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return kind and x.dim() > 1 and x.numel() > 0
+def onednn_takes(x):
+    """Whether `onednn` can multiply this tensor: float32 on a CPU, and neither empty nor a single vector."""
+    matrix = x.dtype == torch.float32 and x.dim() > 1 and x.numel() > 0
+    return matrix and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def packed(model):
     With few rows, as in generation, a product takes a third of the time or less; (16 x 768) @ (768 x 50257):
     17 ms by MKL, 4 ms so. The copies cost as much memory again and are gone afterwards.
     """
-    layers = [x for x in model.modules() if isinstance(x, Linear) and on_cpu(x.weight)]
+    layers = [x for x in model.modules() if isinstance(x, Linear) and onednn_takes(x.weight)]
     for layer in layers:
         layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 16)  # good for 1 to 1,000 rows
     try:

@@ -92,8 +92,9 @@ def sft_loss(gpt, tokens, mask):
 
 
 def sft_backward(gpt, rows, micro_batch, device, where, weight=1.0):
-    """Gradients of weight x the loss of `rows`, [(tokens, P)], added to .grad in pieces of micro_batch tokens;
-    returns the loss, nats per supervised token. UserError, beginning with `where`, when it is not finite."""
+    """Gradients of weight x the loss of `rows`, [(tokens, P)], added to .grad in pieces of micro_batch
+    tokens; returns the loss, nats per supervised token. UserError, beginning with `where`, when it is not
+    finite."""
     count, total = sum(len(row) - P for row, P in rows), 0.0
     for piece in batches([len(row) for row, _ in rows], micro_batch):
         loss, _ = sft_loss(gpt, *sft_batch([rows[i] for i in piece], device))

@@ -35,7 +35,7 @@ from data.records import UserError
 SEED = 1
 VAL_SHARE = 0.15
 VAL_PAIRS = 3000
-LISTS_EACH = 6  # training lists a sentence is put into, each time in other company: 3 were worse (README)
+LISTS_EACH = 6  # training lists a sentence is put into, each time in other company; README has 3 and 12
 PAIR_SHARE = 0.3  # of the training lists; the others hold 4 to 9 sentences, as in InstructGPT
 WIDE_GAP = 2  # means further apart than this: the easy half of the pairs
 

@@ -72,8 +72,8 @@ def get_tokenizer(name):
             text = file.read().decode("latin-1")  # never fails; _parse judges every line
     except (OSError, ValueError, ImportError) as error:  # requests' errors are OSErrors
         why = f"can't read {name!r}, nor is it gpt2 or bytes: {_reason(error)}"
-        raise UserError("can't load the tokenizer gpt2: no network and no TIKTOKEN_CACHE_DIR that holds it; use "
-                        "bytes or a trained BPE instead" if name == "gpt2" else why) from None
+        raise UserError("can't load the tokenizer gpt2: no network and no TIKTOKEN_CACHE_DIR that holds it; "
+                        "use bytes or a trained BPE instead" if name == "gpt2" else why) from None
     return from_spec({"name": name, "bpe": text})
 
 
