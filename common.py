@@ -61,8 +61,8 @@ def pick_device(name):
 
 def ready(model, cfg, device):
     """The model on its device, computing as the flags say."""
-    model.trunk.tune(cfg.bf16, cfg.checkpoint_activations, cfg.compile)
-    return model.to(device)
+    model.to(device).trunk.tune(cfg.bf16, cfg.checkpoint_activations, cfg.compile)
+    return model
 
 
 def pad(rows, device="cpu"):

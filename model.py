@@ -82,6 +82,51 @@ class KVCache:
         self.hidden, self.length = self.hidden[rows], self.length[rows]
 
 
+class StaticCache(nn.Module):
+    """What a `KVCache` holds after the prompts, with room for S, in one shape and at one address for all steps
+    of one token that follow: they are the same work, which a CUDA graph can record once and repeat.
+
+    torch.compile takes buffers to stay where they are and writes into them in place; one tensor of all layers'
+    keys it would copy as a whole at each layer.
+    """
+
+    filled = 0  # no step adds places, and that they suffice is known beforehand
+
+    def __init__(self, cache, S):
+        super().__init__()
+        (B, H, _, D), length = cache.k[0].shape, cache.length
+        tensors = {f"{name}{i}": cache.k.new_empty(B, H, S, D) for name in "kv" for i in range(len(cache.k))}
+        tensors |= {"hidden": length.new_empty(B, S, dtype=torch.bool), "length": length.clone(),
+                    "place": length.new_empty(1)}
+        for name, x in tensors.items():
+            self.register_buffer(name, x, persistent=False)
+
+    def load(self, cache):
+        """Go on where `cache` stands, which has as many rows as the first one."""
+        filled = slice(0, cache.filled)
+        for name in "kv":
+            for i, x in enumerate(getattr(cache, name)):
+                getattr(self, f"{name}{i}").zero_()[:, :, filled] = x  # zeros: NaN would pass a mask, 0 x NaN
+        self.hidden.fill_(True)[:, filled] = cache.hidden
+        self.length.copy_(cache.length)
+        self.place.fill_(cache.filled - 1)
+
+    def advance(self, T):
+        """Go to the next place; returns the positions (B,1) of the one token a row."""
+        self.place.add_(1), self.length.add_(1)
+        self.hidden.index_fill_(1, self.place, False)
+        return self.length[:, None] - 1
+
+    @property
+    def mask(self):
+        return self.hidden[:, None, None]  # (B,1,1,S)
+
+    def write(self, layer, k, v):
+        """As KVCache.write, for k and v (B,H,1,D); returns all S places."""
+        keys, values = getattr(self, f"k{layer}"), getattr(self, f"v{layer}")
+        return keys.index_copy_(2, self.place, k), values.index_copy_(2, self.place, v)
+
+
 def onednn(x, weight, bias=None):
     """x (...,C) @ weight (out,C) transposed + bias (out,) by oneDNN; no gradients."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -113,9 +158,11 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         """x (...,C) -> (...,out)."""
+        if torch.compiler.is_compiling():  # asked first: it can't look into the rest
+            return super().forward(x)
         if self.packed is not None:
             return onednn(x, self.packed, self.bias)
-        if not onednn_takes(x) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if not onednn_takes(x) or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         rows = x.flatten(0, -2)  # (N,C)
         N = len(rows)
@@ -200,7 +247,7 @@ class Trunk(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.bf16 = self.recompute = False  # see `tune`
+        self.bf16 = self.recompute = self.static = False  # see `tune`
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.block_size, config.d_model)
         self.drop = nn.Dropout(config.dropout)
@@ -222,8 +269,10 @@ class Trunk(nn.Module):
     def tune(self, bf16, recompute, compile):
         """How `forward` computes where there is no cache. bf16: the blocks' matrix products in bfloat16;
         residuals, norms and heads stay float32. recompute: only each block's input is kept for the
-        backward pass, which computes the block again (Chen et al. 2016). compile: by torch.compile."""
+        backward pass, which computes the block again (Chen et al. 2016). compile: by torch.compile; on a
+        GPU also the steps of `generate`, each as one CUDA graph."""
         self.bf16, self.recompute = bf16, recompute
+        self.static = compile and self.wte.weight.is_cuda
         if compile:
             self.compile(dynamic=True)  # lengths differ from batch to batch
 
@@ -257,6 +306,7 @@ class GPT(nn.Module):
         self.trunk = Trunk(config)
         self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.trunk.wte.weight  # tied: Press & Wolf 2017
+        self.static_cache = None  # of the last `generate`: another address would be another CUDA graph
 
     def forward(self, tokens):
         """tokens (B,T) -> logits (B,T,V), always of every position."""
@@ -302,11 +352,8 @@ class GPT(nn.Module):
     def _generate(self, tokens, lengths, uniform, draw, eos):
         """The loop of `generate`: a token a column of uniform (B,max_new_tokens), by draw(logits, u)."""
         (B, P), max_new_tokens = tokens.shape, uniform.shape[1]
-        cache = KVCache(self.trunk, B, P + max_new_tokens)
         rows = torch.arange(B, device=tokens.device)  # which row of the batch each live row is
-        read = self.trunk.forward  # not the compiled one: the cache's shapes change at every step
-        h = read(tokens, cache)[rows, lengths - 1]  # (B,C)
-        cache.trim(lengths)
+        h, cache, read = self._read_prompts(tokens, lengths, P + max_new_tokens)
         real = torch.arange(P, device=tokens.device) < lengths[:, None]
         tokens = F.pad(tokens * real, (0, max_new_tokens))
         lengths = lengths.clone()
@@ -320,13 +367,27 @@ class GPT(nn.Module):
                 finished = int(done.sum())
                 if finished == len(rows):
                     break
-                if finished * 4 >= len(rows):  # dropping copies the cache: wait until it pays
+                if finished * 4 >= len(rows) and not self.trunk.static:  # it copies the cache: wait until it pays
                     going = ~done
                     cache.keep(going)
                     rows, token, done = rows[going], token[going], done[going]
             if step + 1 < max_new_tokens:
                 h = read(token[:, None], cache)[:, 0]
         return tokens[:, : int(lengths.max())], lengths
+
+    def _read_prompts(self, tokens, lengths, S):
+        """h of each row's last token (B,C), the cache with room for S, and what reads the tokens that follow."""
+        (B, P), static = tokens.shape, self.trunk.static
+        cache = KVCache(self.trunk, B, P if static else S)
+        h = self.trunk.forward(tokens, cache)[torch.arange(B, device=tokens.device), lengths - 1]
+        cache.trim(lengths)
+        if not static:
+            return h, cache, self.trunk.forward  # not the compiled one: shapes change at every step
+        S += -S % 128  # few shapes: each is compiled
+        if self.static_cache is None or self.static_cache.hidden.shape != (B, S):
+            self.static_cache = StaticCache(cache, S)
+        self.static_cache.load(cache)
+        return h, self.static_cache, torch.compile(self.trunk.forward, mode="reduce-overhead", dynamic=False)
 
 
 def sample(logits, uniform, temperature=1.0, top_k=None, top_p=None):

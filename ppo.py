@@ -66,7 +66,7 @@ class Config:
     device: str = "auto"  # "cuda", "mps", "cpu"
     bf16: bool = False  # the blocks' matrix products in bfloat16, but not in generation
     checkpoint_activations: bool = False  # less memory, a third more work: blocks are computed twice
-    compile: bool = False  # torch.compile for all but generation; needs a C++ compiler
+    compile: bool = False  # torch.compile, in generation only on a GPU; needs a C++ compiler
     skip_bad: bool = False  # leave out lines that can't be used, and count them
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import model
 from model import GPT, GPTConfig, KVCache, RewardModel, sample
@@ -309,6 +310,41 @@ def test_M11_prompt_is_never_cropped(tiny):
     assert tokens.shape == (2, 32) and lengths.tolist() == [32, 15]
     tokens, lengths = gpt.generate(*padded([[1, 2], [3]]), 0)
     assert tokens.tolist() == [[1, 2], [3, 0]] and lengths.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0}, {"eos": 4, "temperature": 3.0}], ids=str)
+def test_static_steps_change_nothing_whatever_the_memory_held(tiny, kept, monkeypatch, how):
+    """As --compile takes them on a GPU; no row is dropped then. Poison stands where nothing was written yet."""
+    def poisoned(self, cache, S):
+        make(self, cache, S)
+        for x in self.buffers():
+            x.fill_(math.nan if x.is_floating_point() else 1)
+
+    gpt, make = tiny(3), model.StaticCache.__init__
+    draw = lambda: gpt.generate(*padded(PROMPTS), 20, generator=torch.Generator().manual_seed(5), **how)
+    want = draw()
+    kept.clear()
+    monkeypatch.setattr(model.StaticCache, "__init__", poisoned)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    gpt.trunk.static = True
+    for _ in range(2):  # the second one meets what the first one left
+        assert all(torch.equal(a, b) for a, b in zip(draw(), want))
+    assert not kept
+
+
+def test_static_steps_are_one_graph_at_one_address(tiny, monkeypatch):
+    """What a CUDA graph needs: one trace for all steps, of prompts of any length, and buffers that stay where they are."""
+    torch._dynamo.reset()
+    gpt, graphs, compile, places = tiny(), CompileCounter(), torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: compile(
+        function, backend=graphs, dynamic=dynamic, fullgraph=True))
+    gpt.trunk.static = True
+    for prompts, new, count in ((PROMPTS, 20, 1), (PROMPTS[::-1], 9, 1), ([[1]] * 8, 25, 1), ([[1, 2]] * 3, 5, 2)):
+        gpt.generate(*padded(prompts), new)
+        assert graphs.frame_count == count
+        places.append([x.data_ptr() for x in gpt.static_cache.buffers()])
+    assert places[0] == places[1] == places[2] and gpt.static_cache.hidden.shape == (3, 128)
+    assert list(gpt.state_dict()) == list(tiny().state_dict())  # nothing of it gets into a checkpoint
 
 
 def test_generate_ignores_what_stands_in_the_pads(tiny):
