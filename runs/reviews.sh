@@ -8,14 +8,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} data=data/files/reviews out=${OUT:-out/reviews} seeds=${SEEDS:-1}
-sft="--epochs 8 --dropout 0.2 --lr 2e-3 --block-size 96"
-rm="--pool mean --dropout 0.2 --lr 5e-4 --wide-gap 2"
+sft="--epochs 16 --dropout 0.3 --lr 2e-3 --block-size 96"
+rm="--pool mean --dropout 0.3 --lr 1e-3 --wide-gap 2"
 
 $python -m data.reviews "$@"
 for half in 0 1; do $python -m data.reviews "$@" --half $half --to ${data}_half$half; done
 mkdir -p "$out"
 [ -e "$out/reviews.bpe" ] ||
-    $python -m data.tokenizer train --vocab-size 4096 --out "$out/reviews.bpe" $data/sft.jsonl
+    $python -m data.tokenizer train --vocab-size 8192 --out "$out/reviews.bpe" $data/sft.jsonl
 for seed in $seeds; do
     dir=$out/$seed
     mkdir -p "$dir/half0" "$dir/half1"

@@ -1,12 +1,16 @@
 """model.py against a NumPy GPT, plain formulas and one-by-one runs. Ids (M1, R7, ...): recipe.md, section 5."""
 import copy
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 import model
+import train_sft
+from common import ready
 from model import GPT, GPTConfig, KVCache, RewardModel, sample
 
 PROMPTS = [[3], [5, 1, 4, 2, 9], [7, 7], [1, 2, 3, 4, 5, 6, 7], [16, 0, 8], [2, 12], [4, 4, 4, 4], [9, 10, 11, 12, 13, 14]]
@@ -336,8 +340,12 @@ def test_static_steps_are_one_graph_at_one_address(tiny, monkeypatch):
     """What a CUDA graph needs: one trace for all steps, of prompts of any length, and buffers that stay where they are."""
     torch._dynamo.reset()
     gpt, graphs, compile, places = tiny(), CompileCounter(), torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: compile(
-        function, backend=graphs, dynamic=dynamic, fullgraph=True))
+
+    def counted(function, mode, dynamic):
+        assert (mode, dynamic) == ("reduce-overhead", False)
+        return compile(function, backend=graphs, dynamic=dynamic, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", counted)
     gpt.trunk.static = True
     for prompts, new, count in ((PROMPTS, 20, 1), (PROMPTS[::-1], 9, 1), ([[1]] * 8, 25, 1), ([[1, 2]] * 3, 5, 2)):
         gpt.generate(*padded(prompts), new)
@@ -345,6 +353,20 @@ def test_static_steps_are_one_graph_at_one_address(tiny, monkeypatch):
         places.append([x.data_ptr() for x in gpt.static_cache.buffers()])
     assert places[0] == places[1] == places[2] and gpt.static_cache.hidden.shape == (3, 128)
     assert list(gpt.state_dict()) == list(tiny().state_dict())  # nothing of it gets into a checkpoint
+
+
+def test_static_steps_are_for_compile_on_a_gpu(tiny, monkeypatch):
+    """ready asks on the device where the model will be."""
+    places, tune = [], model.Trunk.tune
+    monkeypatch.setattr(model.Trunk, "tune", lambda self, *how: (places.append(self.wte.weight.device.type), tune(self, *how)))
+    ready(tiny(), train_sft.Config(), torch.device("meta"))
+    assert places == ["meta"]
+    for compile, is_cuda in itertools.product((False, True), repeat=2):
+        trunk = tiny().trunk
+        del trunk.wte
+        trunk.wte = SimpleNamespace(weight=SimpleNamespace(is_cuda=is_cuda, device=torch.device("cpu")))
+        trunk.tune(False, False, compile)
+        assert trunk.static == (compile and is_cuda)
 
 
 def test_generate_ignores_what_stands_in_the_pads(tiny):
