@@ -83,11 +83,11 @@ class KVCache:
 
 
 class StaticCache(nn.Module):
-    """What a `KVCache` holds after the prompts, with room for S, in one shape and at one address for all steps
-    of one token that follow: they are the same work, which a CUDA graph can record once and repeat.
+    """What a `KVCache` holds after the prompts, with room for S, in one shape and at one address for all
+    steps of one token that follow: they are the same work, which a CUDA graph can record once and repeat.
 
-    torch.compile takes buffers to stay where they are and writes into them in place; one tensor of all layers'
-    keys it would copy as a whole at each layer.
+    torch.compile takes buffers to stay where they are and writes into them in place; one tensor of all
+    layers' keys it would copy as a whole at each layer.
     """
 
     filled = 0  # no step adds places, and that they suffice is known beforehand
@@ -367,8 +367,8 @@ class GPT(nn.Module):
                 finished = int(done.sum())
                 if finished == len(rows):
                     break
-                if finished * 4 >= len(rows) and not self.trunk.static:  # it copies the cache: wait until it pays
-                    going = ~done
+                if finished * 4 >= len(rows) and not self.trunk.static:
+                    going = ~done  # dropping copies the cache: it was put off until it pays
                     cache.keep(going)
                     rows, token, done = rows[going], token[going], done[going]
             if step + 1 < max_new_tokens:
@@ -376,7 +376,7 @@ class GPT(nn.Module):
         return tokens[:, : int(lengths.max())], lengths
 
     def _read_prompts(self, tokens, lengths, S):
-        """h of each row's last token (B,C), the cache with room for S, and what reads the tokens that follow."""
+        """h of each row's last token (B,C), the cache with room for S, and what reads the tokens to come."""
         (B, P), static = tokens.shape, self.trunk.static
         cache = KVCache(self.trunk, B, P if static else S)
         h = self.trunk.forward(tokens, cache)[torch.arange(B, device=tokens.device), lengths - 1]
