@@ -55,7 +55,8 @@ def pick_device(name):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; no effect on a CPU
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; some CPUs would round as well
     return torch.device(name)
 
 

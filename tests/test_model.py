@@ -40,7 +40,9 @@ def product(layer, x, dy):
                                         ((2, 0, 16), 8), ((16,), 8)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
-def test_linear_is_nn_linear_with_its_gradients(rng, shape, out, bias, turned):
+@pytest.mark.parametrize("amd", [True, False])
+def test_linear_is_nn_linear_with_its_gradients(rng, monkeypatch, shape, out, bias, turned, amd):
+    monkeypatch.setattr(model, "ON_AMD", amd)
     layer, plain = model.Linear(shape[-1], out, bias=bias), torch.nn.Linear(shape[-1], out, bias=bias)
     plain.load_state_dict(layer.state_dict())
     x, dy = torch.randn(shape, generator=rng), torch.randn(*shape[:-1], out, generator=rng)
@@ -50,9 +52,23 @@ def test_linear_is_nn_linear_with_its_gradients(rng, shape, out, bias, turned):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cpuinfo, processor, amd", [
+    ("vendor_id\t: AuthenticAMD\n", "", True), ("vendor_id\t: GenuineIntel\n", "", False),
+    (None, "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", True), (None, "arm", False)])
+def test_which_cpus_are_amd(monkeypatch, tmp_path, cpuinfo, processor, amd):
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(model, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
+    monkeypatch.setattr(model.platform, "processor", lambda: processor)
+    assert model.cpu_is_amd() is amd
+
+
 def test_linear_takes_onednn_where_it_can_and_pytorch_elsewhere(monkeypatch):
     layer, x, sizes, real = model.Linear(8, 4), torch.randn(3, 8), [], model.onednn
     monkeypatch.setattr(model, "onednn", lambda x, *more: sizes.append(len(x)) or real(x, *more))
+    monkeypatch.setattr(model, "ON_AMD", False)
+    assert layer(x).shape == (3, 4) and not sizes
+    monkeypatch.setattr(model, "ON_AMD", True)
     for N in (1, 3, 127, 128, 129):
         assert layer(torch.randn(N, 8)).shape == (N, 4)
     assert sizes == [128, 128, 128, 128, 256]  # few sizes: code is compiled for each of them
@@ -66,11 +82,14 @@ def test_linear_takes_onednn_where_it_can_and_pytorch_elsewhere(monkeypatch):
 
 
 @torch.no_grad()
-def test_packed_changes_nothing_and_ends(tiny, rng):
-    gpt, tokens = tiny(), random_tokens(rng, 5, 12)
+@pytest.mark.parametrize("amd", [True, False])
+def test_packed_changes_nothing_and_ends(tiny, rng, monkeypatch, amd):
+    monkeypatch.setattr(model, "ON_AMD", amd)
+    gpt, tokens = tiny(vocab_size=4097), random_tokens(rng, 5, 12)  # a head of more than 2**17 numbers
     expected = gpt(tokens)
     with pytest.raises(KeyboardInterrupt), model.packed(gpt):
-        assert all(layer.packed is not None for layer in gpt.modules() if isinstance(layer, model.Linear))
+        layers = [layer for layer in gpt.modules() if isinstance(layer, model.Linear)]
+        assert all((layer.packed is not None) == (amd or layer is gpt.lm_head) for layer in layers)
         torch.testing.assert_close(gpt(tokens), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(gpt(tokens[:1, :1]), expected[:1, :1], atol=1e-5, rtol=0)
         raise KeyboardInterrupt
@@ -79,7 +98,8 @@ def test_packed_changes_nothing_and_ends(tiny, rng):
 
 
 @torch.no_grad()
-def test_generate_reads_weights_as_they_are_now(tiny):
+def test_generate_reads_weights_as_they_are_now(tiny, monkeypatch):
+    monkeypatch.setattr(model, "ON_AMD", True)  # where all weights are packed
     gpt, (tokens, lengths) = tiny(), padded(PROMPTS)
     before = gpt.generate(tokens, lengths, 8, temperature=0)[0]
     gpt.trunk.blocks[0].mlp.up.weight.mul_(-3)
