@@ -75,34 +75,38 @@ def pad(rows, device="cpu"):
     return tokens.to(device), lengths.to(device)
 
 
-def batches(lengths, budget, generator=None):
+def batches(lengths, budget, generator=None, rows=None):
     """Lists of indices that cover `lengths` once, each holding at most `budget` tokens with its padding.
 
     Sorted by length, so that little is padding. With a generator they are made from shuffled pools
-    of about 16 batches and come in random order; without one, shortest first.
+    of about 16 batches and come in random order; without one, shortest first. rows: how many texts an
+    index stands for, the longest of which is of that length (None: one each).
     """
+    rows = rows or [1] * len(lengths)
     order = list(range(len(lengths)))
     pool = len(order)
     if generator is not None:
         order = torch.randperm(len(order), generator=generator).tolist()
-        pool = max(1, int(16 * budget * len(lengths) / max(1, sum(lengths))))
+        tokens = sum(n * length for n, length in zip(rows, lengths))
+        pool = max(1, int(16 * budget * len(lengths) / max(1, tokens)))
     made = []
     for start in range(0, len(order), pool):
-        batch = []
+        batch, held = [], 0
         for i in sorted(order[start : start + pool], key=lengths.__getitem__):
-            if batch and (len(batch) + 1) * lengths[i] > budget:
+            if batch and (held + rows[i]) * lengths[i] > budget:
                 made.append(batch)
-                batch = []
+                batch, held = [], 0
             batch.append(i)
+            held += rows[i]
         made.append(batch)
     if generator is not None:
         made = [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
     return made
 
 
-def shuffled(lengths, budget, generator, done, steps):
+def shuffled(lengths, budget, generator, done, steps, rows=None):
     """(step, batch) for the steps done+1 to `steps`, each epoch shuffled anew; those before are skipped."""
-    epochs = (batches(lengths, budget, generator) for _ in itertools.count())
+    epochs = (batches(lengths, budget, generator, rows) for _ in itertools.count())
     made = itertools.chain.from_iterable(epochs)
     return enumerate(itertools.islice(made, done, steps), done + 1)
 

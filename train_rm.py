@@ -31,8 +31,8 @@ class Config:
     out: str = "out"  # folder with sft.pt, and for the results
     pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
     epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
-    batch_tokens: int = 1536  # tokens in an optimizer step, padding included
-    micro_batch: int = 16384  # about the tokens in a forward pass; without dropout it changes no result
+    batch_tokens: int = 1792  # tokens in an optimizer step, padding included
+    micro_batch: int = 16384  # tokens in a forward pass; without dropout it changes no result
     lr: float = 5e-4  # peak of the learning rate
     dropout: float = 0.0  # rate while the reward model is trained
     wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this
@@ -89,11 +89,11 @@ def ranking_loss(scores, groups):
     over prompts of the mean over its pairs of -log sigmoid(score_better - score_worse) in nats, and
     of "better scores higher" (equal scores count half). Ouyang et al. 2022, eq. 1.
     """
-    sizes = [len(ranks) for ranks in groups]
-    if sum(sizes) != len(scores):
-        raise ValueError(f"{len(scores)} scores for {sum(sizes)} ranks")
-    K = max(sizes)
-    s = torch.stack([F.pad(part, (0, K - len(part))) for part in scores.split(sizes)])  # (G,K)
+    counts = [len(ranks) for ranks in groups]
+    if sum(counts) != len(scores):
+        raise ValueError(f"{len(scores)} scores for {sum(counts)} ranks")
+    K = max(counts)
+    s = torch.stack([F.pad(part, (0, K - len(part))) for part in scores.split(counts)])  # (G,K)
     padded = [list(ranks) + [math.nan] * (K - len(ranks)) for ranks in groups]
     rank = torch.tensor(padded, device=s.device)
     pair = rank[:, :, None] < rank[:, None, :]  # (G,K,K): i better than j; nan is never less
@@ -102,6 +102,12 @@ def ranking_loss(scores, groups):
     weight = pair / count.clamp(min=1)[:, None, None] / (count > 0).sum().clamp(min=1)
     right = accuracy(gap)
     return -(F.logsigmoid(gap) * weight).sum(), (right * weight).sum()
+
+
+def sizes(groups):
+    """What `batches` asks for: the longest text of each prompt in tokens, and the number of its texts."""
+    return {"lengths": [max(map(len, group.rows)) for group in groups],
+            "rows": [len(group.rows) for group in groups]}
 
 
 def ranking_backward(rm, groups, micro_batch, device, step):
@@ -263,19 +269,19 @@ def main(cfg):
     gpt, rm = ready(gpt, cfg, device), ready(rm, cfg, device)
     room = rm.config.block_size - (cfg.pool == "token")
     groups = encode(train, tokenizer, room, "preferences.jsonl")
-    sizes = [sum(map(len, group.rows)) for group in groups]
 
     optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    steps = max(1, round(cfg.epochs * len(batches(sizes, cfg.batch_tokens))))
+    steps = max(1, round(cfg.epochs * len(batches(**sizes(groups), budget=cfg.batch_tokens))))
     log = Log(out / "rm.jsonl", cfg, steps, state.saved)
-    count = sum(len(group.rows) for group in groups)
-    print(f"reward model: {len(groups)} prompts with {count} ranked responses, "
-          f"{sum(sizes)} tokens, read at {cfg.pool}, on {device}")
+    rows = [len(row) for group in groups for row in group.rows]
+    print(f"reward model: {len(groups)} prompts with {len(rows)} ranked responses, "
+          f"{sum(rows)} tokens, read at {cfg.pool}, on {device}")
 
     rm.train()
     done = state.begin(log, rm=rm, optimizer=optimizer)
-    for step, index in shuffled(sizes, cfg.batch_tokens, order, done, steps):
+    for step, index in shuffled(**sizes(groups), budget=cfg.batch_tokens, generator=order, done=done,
+                                steps=steps):
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
         loss, right = ranking_backward(rm, [groups[i] for i in index], cfg.micro_batch, device, step)
         norm = clip_and_step(rm, optimizer, 1.0, step)

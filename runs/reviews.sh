@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} data=data/files/reviews out=${OUT:-out/reviews} seeds=${SEEDS:-1}
 sft="--epochs 16 --dropout 0.3 --lr 2e-3 --block-size 96"
-rm="--pool mean --dropout 0.3 --lr 1e-3 --wide-gap 2"
+rm="--pool mean --dropout 0.3 --lr 1e-3 --batch-tokens 2432 --wide-gap 2"
 
 $python -m data.reviews "$@"
 for half in 0 1; do $python -m data.reviews "$@" --half $half --to ${data}_half$half; done

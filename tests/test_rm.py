@@ -81,6 +81,11 @@ def test_micro_batches_change_no_gradient():
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+def test_sizes_are_the_longest_text_of_a_prompt_and_their_number():
+    groups = [train_rm.Ranking([], [[1] * n for n in lengths], [], (), None) for lengths in ([2, 7, 3], [4, 1])]
+    assert train_rm.sizes(groups) == {"lengths": [7, 4], "rows": [3, 2]}
+
+
 def test_R11_R14_mixed_K_is_the_mean_over_prompts_of_the_mean_over_pairs():
     """K = 4, 9, 2, 3 with ties in one batch; a K=9 prompt counts as much as a K=4 prompt, not 36:6."""
     groups = [[0, 1, 2, 3], list(range(9)), [1, 0], [2, 0, 2]]

@@ -195,6 +195,18 @@ def test_batches_cover_each_once_within_the_budget_with_little_padding(seed):
     assert (longest == sorted(longest)) == (seed is None)
 
 
+def test_batches_of_several_texts_each_count_their_padding():
+    random.seed(1)
+    lengths, rows = zip(*((random.randint(1, 100), random.randint(2, 9)) for _ in range(2000)))
+    for generator in (None, torch.Generator().manual_seed(0)):
+        made = batches(lengths, 2000, generator, rows)
+        assert sorted(i for batch in made for i in batch) == list(range(2000))
+        size = [sum(rows[i] for i in batch) * max(lengths[i] for i in batch) for batch in made]
+        assert max(size) <= 2000 and sum(size) < 1.1 * sum(n * length for n, length in zip(rows, lengths))
+        assert len(made) < 1.3 * sum(n * length for n, length in zip(rows, lengths)) / 2000
+    assert batches([5, 5, 5], 20, rows=[2, 2, 3]) == [[0, 1], [2]]
+
+
 def test_batches_order_comes_from_the_generator():
     lengths = [5, 9, 2, 7, 7, 3] * 50
     one, same, other = (batches(lengths, 40, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
