@@ -341,7 +341,7 @@ class GPT(nn.Module):
                                      preserve_rng_state=False) for a, b in pieces])
 
     def _logps(self, h, targets, temperature):
-        logits = self.lm_head(h / temperature).float()  # h is smaller than the logits
+        logits = self.lm_head(h).float() / temperature
         return -F.cross_entropy(logits, targets, reduction="none")
 
     @torch.inference_mode()

@@ -212,7 +212,8 @@ def improve(policy, critic, optimizers, batch, cfg, update, generator, ptx=None)
     """
     stats = {"grad_norm": 0.0}
     for _ in range(cfg.epochs):
-        for part in torch.randperm(len(batch["tokens"]), generator=generator).chunk(cfg.minibatches):
+        rows = torch.randperm(len(batch["tokens"]), generator=generator)
+        for part in rows.tensor_split(min(cfg.minibatches, len(rows))):
             stats |= minibatch_backward(policy, critic, batch, part.tolist(), cfg)
             finite(f"update {update}", **stats)
             if stats["update_kl"] > 1.5 * cfg.update_kl:
@@ -355,8 +356,8 @@ def evaluate(policy, ref, critic, reward, judge, prompts, tokenizer, world, cfg,
     prompt; gold and judge only where there is such a thing."""
     generator = torch.Generator(device).manual_seed(0)
     result = {"score": [], "judge": [], "kl": [], "gold": [], "eos": [], "length": [], "texts": []}
-    for start in range(0, len(prompts), 128):
-        batch = rollout(policy, prompts[start : start + 128], tokenizer.eos, cfg, generator)
+    for start in range(0, len(prompts), cfg.batch):
+        batch = rollout(policy, prompts[start : start + cfg.batch], tokenizer.eos, cfg, generator)
         batch = assess(batch, policy, ref, critic, reward, cfg)
         result["score"] += batch["score"].tolist()
         kl = torch.where(batch["mask"], batch["logp"] - batch["ref_logp"], 0.0).sum(1)

@@ -111,11 +111,11 @@ def sizes(groups):
 
 
 def ranking_backward(rm, groups, micro_batch, device, step):
-    """Gradients of the loss of `groups`, [Ranking], left in .grad, in pieces of about micro_batch tokens;
+    """Gradients of the loss of `groups`, [Ranking], left in .grad, in pieces of micro_batch tokens;
     returns (loss, accuracy)."""
     ordered = lambda some: sum(len(set(group.ranks)) > 1 for group in some)  # prompts that make a pair
     loss = right = 0.0
-    for piece in batches([sum(map(len, group.rows)) for group in groups], micro_batch):
+    for piece in batches(**sizes(groups), budget=micro_batch):
         some = [groups[i] for i in piece]
         scores = rm.score(*pad([row for group in some for row in group.rows], device))
         numbers = ranking_loss(scores, [group.ranks for group in some])
@@ -139,8 +139,8 @@ def sample_texts(gpt, prompts, eos, room, generator, device):
     """One response of the SFT model to each prompt (token lists): -> prompts with responses; those
     that do not end within the model's length are left out."""
     rows = []
-    for start in range(0, len(prompts), 128):
-        tokens, lengths = pad(prompts[start : start + 128], device)
+    for start in range(0, len(prompts), 64):
+        tokens, lengths = pad(prompts[start : start + 64], device)
         tokens, lengths = gpt.generate(tokens, lengths, room - tokens.shape[1], eos=eos,
                                        generator=generator)
         texts = [row[:n].tolist() for row, n in zip(tokens, lengths)]
@@ -156,7 +156,7 @@ def normalise(rm, gpt, groups, folder, tokenizer, cfg, device):
     prompts = [group.prompt for group in groups]
     if (folder / "prompts.jsonl").exists():
         texts = read_prompts(folder / "prompts.jsonl", cfg.skip_bad)
-        prompts = [tokenizer.encode(text) for text in texts]
+        prompts = [tokenizer.encode(text) or [tokenizer.eos] for text in texts]  # as PPO has them
     prompts = [prompt for prompt in prompts if 0 < len(prompt) < room][:512]
     generator = torch.Generator(device).manual_seed(cfg.seed)
     rows = sample_texts(gpt, prompts, tokenizer.eos, room, generator, device)
@@ -272,7 +272,9 @@ def main(cfg):
 
     optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    steps = max(1, round(cfg.epochs * len(batches(**sizes(groups), budget=cfg.batch_tokens))))
+    plan = {**sizes(groups), "budget": cfg.batch_tokens}
+    first_epoch = batches(**plan, generator=torch.Generator().manual_seed(cfg.seed))
+    steps = max(1, round(cfg.epochs * len(first_epoch)))
     log = Log(out / "rm.jsonl", cfg, steps, state.saved)
     rows = [len(row) for group in groups for row in group.rows]
     print(f"reward model: {len(groups)} prompts with {len(rows)} ranked responses, "
@@ -280,8 +282,7 @@ def main(cfg):
 
     rm.train()
     done = state.begin(log, rm=rm, optimizer=optimizer)
-    for step, index in shuffled(**sizes(groups), budget=cfg.batch_tokens, generator=order, done=done,
-                                steps=steps):
+    for step, index in shuffled(**plan, generator=order, done=done, steps=steps):
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
         loss, right = ranking_backward(rm, [groups[i] for i in index], cfg.micro_batch, device, step)
         norm = clip_and_step(rm, optimizer, 1.0, step)

@@ -192,7 +192,8 @@ def main(cfg):
     val_rows = encode(val, tokenizer, block_size, "sft_val.jsonl")
     lengths = [len(row) for row, _ in rows]
     optimizer = make_optimizer(gpt, cfg)
-    steps = max(1, round(cfg.epochs * len(batches(lengths, cfg.batch_tokens))))
+    first_epoch = batches(lengths, cfg.batch_tokens, torch.Generator().manual_seed(cfg.seed))
+    steps = max(1, round(cfg.epochs * len(first_epoch)))
     log = Log(out / "sft.jsonl", cfg, steps, state.saved)
     size = sum(p.numel() for p in gpt.parameters())
     print(f"SFT: {len(rows)} demonstrations, {sum(lengths)} tokens, {size} parameters, "
