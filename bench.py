@@ -79,7 +79,7 @@ def one_of(names, name, what):
 
 def timed(function, device):
     """Seconds of one call; a GPU is waited for."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     wait()
     start = time.perf_counter()
     function()

@@ -29,13 +29,31 @@ def run(main, Config):
                else {"type": field.type, "metavar": field.name.upper()})
         help = f"{notes.get(field.name, '')} (default {field.default!r})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help, **how)
+    cfg = Config(**vars(parser.parse_args()))
     keep_memory()
     try:
-        main(Config(**vars(parser.parse_args())))
+        check_numbers(cfg)
+        main(cfg)
     except KeyboardInterrupt:  # before the first step, or pressed once more
         sys.exit(130)
+    except torch.cuda.OutOfMemoryError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).splitlines()[0][:200]} Try a smaller --micro-batch or "
+                 "--checkpoint-activations; `python bench.py --plan` counts what PPO takes")
     except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+LIMITS = {"seed": (0, 2**63 - 1), "dropout": (0, 0.99), "lam": (0, 1), "block_size": (2, 2**31),
+          "no_eos_score": (-1e9, 1e9), "clip": (0, math.inf), "update_kl": (0, math.inf)} | dict.fromkeys(
+    ("weight_decay", "save_every", "kl_coef", "kl_target", "ptx_coef", "show", "wide_gap"), (0, 1e9))
+
+
+def check_numbers(cfg):
+    """UserError: a number of the command line is nan or outside of LIMITS; the others lie above 0."""
+    for name, x in vars(cfg).items():
+        low, high = LIMITS.get(name, (1 if type(x) is int else 1e-9, 2**31))
+        if type(x) in (int, float) and not low <= x <= high:
+            raise UserError(f"--{name.replace('_', '-')} {x} must lie between {low} and {high}")
 
 
 def keep_memory():
@@ -51,11 +69,15 @@ def keep_memory():
 
 
 def pick_device(name):
-    """"auto" is a GPU where there is one, then Apple's MPS, then the CPU."""
+    """"auto" is a GPU where there is one, then Apple's MPS, then the CPU. UserError: it is not there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "cuda":
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: there is no such device here") from None
+    if name.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32; some CPUs would round as well
     return torch.device(name)
 

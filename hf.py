@@ -51,7 +51,7 @@ def parse_json(data, what):
         return dict(pairs)
 
     try:
-        value = json.loads(data.decode(), object_pairs_hook=once)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not JSON: {error}"[:300]) from None
     if not isinstance(value, dict):
@@ -74,6 +74,9 @@ def read_safetensors(path):
     entries = sorted((*_entry(entry, f"{path}: {name[:80]!r}"), name) for name, entry in header.items())
     end = 0
     for start, stop, *_, name in entries:
+        if stop > size - 8 - n:
+            raise UserError(f"{path} is cut off or damaged: {name[:80]!r} ends at byte {stop} of "
+                            f"{size - 8 - n}")
         if start != end:
             raise UserError(f"{path}: the numbers of {name[:80]!r} begin at byte {start} instead of {end}: "
                             "a gap or an overlap")
@@ -175,8 +178,12 @@ def turned(name, tensor):
 
 def plain_names(tensors, source):
     """Their tensors without the prefix, the causal masks and the head. UserError: a head of its own."""
-    plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()
-             if not re.fullmatch(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", name)}
+    plain = {}
+    for name, tensor in tensors.items():
+        if not re.fullmatch(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", name):
+            if name.removeprefix("transformer.") in plain:
+                raise UserError(f"{source}: {name[:80]!r} is there with and without the prefix")
+            plain[name.removeprefix("transformer.")] = tensor
     head, wte = plain.pop("lm_head.weight", None), plain.get("wte.weight")
     if head is not None and wte is not None and not (head.dtype == wte.dtype and torch.equal(head, wte)):
         raise UserError(f"{source}: lm_head.weight differs from wte.weight; here the head is tied to the "
@@ -240,9 +247,10 @@ def build(tensors, config, source):
             wrong.append(f"{name} is {tuple(tensor.shape)} instead of {shape}")
         elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             wrong.append(f"{name} is {tensor.dtype}")
+        elif not torch.isfinite(tensor).all():
+            wrong.append(f"{name} holds numbers that are not finite")
     if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(f"{source} doesn't fit a GPT-2: {'; '.join(sorted(wrong)[:5])}{more}")
+        raise UserError(f"{source} doesn't fit a GPT-2: {'; '.join(sorted(wrong))}")
     # copied: a view of the mapped file would be saved with the whole file
     state = {ours: turned(name, tensors[name]).to(torch.float32, copy=True)
              for name, ours in pairs.items()}
@@ -278,8 +286,9 @@ def fetch(name):
     folder.mkdir(parents=True, exist_ok=True)
     otherwise = (f"give a folder that holds config.json and {FILES[0]} instead of the name: "
                  f"python hf.py import FOLDER out/{name}.pt")
-    for file in ("config.json", FILES[0]):
-        download(URL.format(name, file), folder / file, otherwise=otherwise)
+    for file, check in (("config.json", lambda path: parse_json(path.read_bytes(), path)),
+                        (FILES[0], read_safetensors)):
+        download(URL.format(name, file), folder / file, check, otherwise)
     return folder / FILES[0]
 
 
@@ -293,7 +302,7 @@ def import_gpt2(source, out, spec="gpt2"):
     tensors = plain_names(tensors, path)
     config = configure(tensors, path)
     if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"the model has {config.vocab_size} tokens and the tokenizer {spec} "
+        raise UserError(f"{path} has {config.vocab_size} tokens and the tokenizer {spec} "
                         f"{tokenizer.vocab_size}; choose another with --tokenizer")
     gpt = build(tensors, config, path)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -406,6 +415,8 @@ def write_folder(folder, texts, weights):
         if folder.exists():
             folder.rmdir()
         os.replace(beside, folder)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -436,3 +447,5 @@ if __name__ == "__main__":
         main()
     except (UserError, OSError) as error:
         sys.exit(f"hf.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

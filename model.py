@@ -27,7 +27,7 @@ LOGITS_AT_ONCE = 2**23  # numbers of logits held in one piece: 32 MiB in float32
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of the network; the defaults are GPT-2 small, which is also GPT-3 small."""
+    """Sizes of the network; the defaults are GPT-2 small (GPT-3 small has twice its block_size)."""
 
     vocab_size: int = 50257
     block_size: int = 1024
@@ -80,7 +80,8 @@ class KVCache:
 
     def keep(self, rows):
         """Forget all rows but `rows`, a boolean mask (B,)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k = self.k[:, rows]
+        self.v = self.v[:, rows]  # apart, so that not both are there twice
         self.hidden, self.length = self.hidden[rows], self.length[rows]
 
 
@@ -397,7 +398,8 @@ class GPT(nn.Module):
         cache.trim(lengths)
         if not static:
             return h, cache, self.trunk.forward  # not the compiled one: shapes change at every step
-        S += -S % 128  # few shapes: each is compiled
+        # few shapes, for each is compiled: S grows only
+        S = max(S + -S % 128, self.static_cache.hidden.shape[1] if self.static_cache else 0)
         if self.static_cache is None or self.static_cache.hidden.shape != (B, S):
             self.static_cache = StaticCache(cache, S)
         self.static_cache.load(cache)

@@ -53,7 +53,7 @@ class Config:
     critic_lr: float = 3e-4  # the same for the critic
     kl_coef: float = 0.035  # price of a nat of KL to the reference, in standard deviations of score
     kl_target: float = 0.0  # if > 0, kl_coef is steered towards this KL (nats a response)
-    kl_horizon: int = 1000  # responses over which kl_coef may change about twofold
+    kl_horizon: int = 1000  # responses over which kl_coef may change by about a fifth
     update_kl: float = 0.05  # inner passes end when KL(old, new) a token is above 1.5 x this
     no_eos_score: float = -1.0  # score of a response that does not end: one sd below the SFT model
     clip: float = 0.2  # of the ratio, and of the step of a value
@@ -292,7 +292,7 @@ def split_texts(tokens, lengths, P, tokenizer):
 def import_function(name):
     """The function in "FILE.py:FUNCTION". This runs the code in that file."""
     path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
+    if not (Path(path).is_file() and path.endswith(".py")):
         raise UserError(f"--reward {name}: there is no file {path!r}; it takes FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -470,11 +470,12 @@ def main(cfg):
     folder, world = open_data(cfg.data)
     files = [folder / name for name in ("prompts.jsonl", "prompts_val.jsonl", "sft.jsonl")]
     files += [out / "sft.pt", out / "rm.pt", cfg.judge, cfg.reward.rpartition(":")[0]]
-    state = State(out / "ppo.state.pt", cfg, files)
+    state = State(out / "ppo.state.pt", cfg, files, device)
 
     policy, ref, critic, reward, tokenizer = load_models(cfg, device)
     judge = load_reward_model(Path(cfg.judge), policy, tokenizer, cfg, device) if cfg.judge else None
-    room = policy.config.block_size - cfg.max_new_tokens - (critic.pool == "token")
+    reward_token = any(rm.pool == "token" for rm in (critic, judge) if rm)  # it needs a place
+    room = policy.config.block_size - cfg.max_new_tokens - reward_token
     prompts = read_prompts(folder / "prompts.jsonl", cfg.skip_bad)
     prompts = encode_prompts(prompts, tokenizer, room, "prompts.jsonl")
     val = read_prompts(folder / "prompts_val.jsonl", cfg.skip_bad)

@@ -20,16 +20,17 @@ from data.records import UserError
 class State:
     """What a run needs to go on exactly where it stopped: saved every few steps, and when it is stopped.
 
-    `files` are all that the run reads: with others, or with other flags, its rest would not fit its
-    beginning, so that is refused. NAME.finished.pt takes the place of NAME.state.pt at the end.
+    `files` are all that the run reads: with others, with other flags or on another device its rest would
+    not fit its beginning, so that is refused. NAME.finished.pt takes the place of NAME.state.pt at the end.
     """
 
-    def __init__(self, path, cfg, files):
+    def __init__(self, path, cfg, files, device):
         self.path, self.every, self.caught = path, cfg.save_every, 0
         self.finished = path.with_name(path.name.replace("state", "finished"))
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
                       if name not in ("out", "resume", "save_every", "show",
                                       "checkpoint_activations")}  # these change no result
+        self.start["--device"] = f"{device} on a machine with {torch.cuda.device_count()} GPUs"
         self.start |= {os.path.relpath(file, path.parent): checksum(file) for file in files if file}
         self.saved = self._find() if cfg.resume else None
 

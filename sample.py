@@ -29,7 +29,7 @@ def respond(gpt, tokenizer, prompt, args, generator):
 
 def score(rm, tokens, lengths):
     """(n,) scores; a response that leaves no room for the reward token is cut by one."""
-    room = rm.config.block_size - (rm.pool == "token")
+    room = tokens.shape[1] - (rm.pool == "token" and tokens.shape[1] == rm.config.block_size)
     with torch.inference_mode():
         return rm.score(tokens[:, :room], lengths.clamp(max=room))
 
@@ -74,8 +74,11 @@ def check(args):
     """Numbers that make no sense are the user's mistake, not a traceback."""
     if args.best_of and not args.reward:
         raise UserError("--best-of needs a reward model: --reward out/rm.pt")
-    if min(args.n, args.max_new_tokens) < 1 or min(args.best_of, args.temperature) < 0:
-        raise UserError("--n and --max-new-tokens start at 1, --best-of and --temperature at 0")
+    if not (1 <= args.n <= 10**6 and args.max_new_tokens >= 1 and 0 <= args.best_of <= 10**6
+            and 0 <= args.seed < 2**63):
+        raise UserError("--n and --max-new-tokens start at 1, --best-of and --seed at 0, and none is that large")
+    if args.temperature and not 1e-3 <= args.temperature <= 1e3:  # not: for nan
+        raise UserError("--temperature is 0, or lies between 0.001 and 1000")
     k, p = args.top_k, args.top_p
     if (k is not None and k < 1) or (p is not None and not 0 < p <= 1):
         raise UserError("--top-k starts at 1, and --top-p lies above 0 and up to 1")
@@ -98,6 +101,8 @@ def main(args):
         rm = load(RewardModel, args.reward).to(device)
         if load_tokenizer(args.reward).spec() != tokenizer.spec():
             raise UserError(f"{args.reward} was trained with another tokenizer than {args.ckpt}")
+        if rm.config.block_size < gpt.config.block_size:
+            raise UserError(f"{args.reward} was trained for shorter texts than {args.ckpt}")
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in prompts(args):
         answer(prompt, gpt, rm, tokenizer, args, generator)

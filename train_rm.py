@@ -211,8 +211,8 @@ def report(rm, groups, world, cfg, device):
     print(f"held-out pairs: accuracy {result['accuracy']:.1%} +- {half:.1%} on {len(gap)}"
           + (f", ceiling {result['ceiling']:.1%}" if world else "")
           + f", longer wins {result['longer_wins']:.1%}")
-    if cfg.wide_gap:
-        wide = gold.abs() > cfg.wide_gap
+    wide = gold.abs() > cfg.wide_gap
+    if cfg.wide_gap and wide.any():
         result["accuracy_wide"] = right[wide].mean().item()
         print(f"where the true scores differ by more than {cfg.wide_gap}: "
               f"{result['accuracy_wide']:.1%} on {wide.sum()}")
@@ -258,7 +258,9 @@ def main(cfg):
     out = Path(cfg.out)
     folder, world = open_data(cfg.data)
     names = ("preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl")
-    state = State(out / "rm.state.pt", cfg, [out / "sft.pt", *(folder / name for name in names)])
+    state = State(out / "rm.state.pt", cfg, [out / "sft.pt", *(folder / name for name in names)], device)
+    if cfg.pool not in RewardModel.POOLS:
+        raise UserError(f"--pool {cfg.pool} is none of {', '.join(RewardModel.POOLS)}")
 
     gpt = load(GPT, out / "sft.pt", cfg.dropout).to(device)
     tokenizer = load_tokenizer(out / "sft.pt")

@@ -117,13 +117,13 @@ def evaluate(gpt, rows, budget, device):
 
 
 @torch.inference_mode()
-def show_sample(gpt, tokenizer, prompt, block_size, device):
-    """Print one unedited continuation of a prompt."""
+def show_sample(gpt, tokenizer, prompt, device):
+    """Print one unedited continuation of a prompt (token ids)."""
     gpt.eval()
-    tokens, lengths = pad([tokenizer.encode(prompt) or [tokenizer.eos]], device)
-    P = int(lengths[0])
-    tokens, lengths = gpt.generate(tokens, lengths, block_size - P, eos=tokenizer.eos)
-    print(f"      | {prompt} >>{tokenizer.decode(tokens[0, P:lengths[0]].tolist())}")
+    tokens, lengths = pad([prompt], device)
+    P = len(prompt)
+    tokens, lengths = gpt.generate(tokens, lengths, gpt.config.block_size - P, eos=tokenizer.eos)
+    print(f"      | {tokenizer.decode(prompt)} >>{tokenizer.decode(tokens[0, P:lengths[0]].tolist())}")
     gpt.train()
 
 
@@ -139,6 +139,8 @@ def make_optimizer(gpt, cfg):
 def start(cfg, train):
     """A new GPT and its tokenizer, or those of the checkpoint --init."""
     if not cfg.init:
+        if cfg.d_model % cfg.n_head:
+            raise UserError("--d-model must be a multiple of --n-head")
         tokenizer = get_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(
             (text for example in train for text in example), cfg.vocab_size)
         return GPT(GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model,
@@ -181,7 +183,7 @@ def main(cfg):
     out = Path(cfg.out)
     folder, _ = open_data(cfg.data)
     files = [folder / "sft.jsonl", folder / "sft_val.jsonl", cfg.init, cfg.tokenizer]
-    state = State(out / "sft.state.pt", cfg, files)
+    state = State(out / "sft.state.pt", cfg, files, device)
 
     train = read_sft(folder / "sft.jsonl", cfg.skip_bad)
     val = read_sft(folder / "sft_val.jsonl", cfg.skip_bad)
@@ -207,7 +209,8 @@ def main(cfg):
         if step % 25 == 0 or step == steps:
             log(step, loss=loss, lr=lr, grad_norm=norm)
         if step % 100 == 0:
-            show_sample(gpt, tokenizer, val[0][0], block_size, device)
+            row, P = val_rows[0]
+            show_sample(gpt, tokenizer, row[:P], device)
         state.after(step)
 
     val_loss = evaluate(gpt, val_rows, min(cfg.batch_tokens, cfg.micro_batch), device)

@@ -4,13 +4,16 @@ Nothing is lost silently: what a source holds and a data set does not is counted
 """
 import gzip
 import json
+import os
 import re
 import sys
 import tempfile
 import zlib
+from pathlib import Path
 
 from data.records import UserError, json_object
 
+CHOICE = "made_from.txt"
 FILES = [name + side for name in ("sft", "preferences", "prompts") for side in (".jsonl", "_val.jsonl")]
 
 
@@ -29,11 +32,12 @@ class LeftOut:
             print(f"left out: {count}, {reason} (the first: {first})")
 
 
-def lines(path):
-    """(file:line, bytes) of a .gz or plain file. UserError: not there, empty, damaged, cut off."""
+def lines(path, packed=None):
+    """(file:line, bytes) of a .gz or plain file (packed: which; default: by its name). UserError: not
+    there, empty, damaged, cut off."""
     number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with (gzip.open if packed or packed is None and path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", line
@@ -58,18 +62,33 @@ def examples(path, parse, left_out):
             yield place, example
 
 
-def is_complete(target):
-    """Is the data set there already? UserError: something else is."""
+def check_lines(packed):
+    """For `download`: whether each line of what has come is a JSON object."""
+    def check(path):
+        for place, line in lines(path, packed):
+            try:
+                json_object(line)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
+    return check
+
+
+def is_complete(target, choice):
+    """Is the data set there already? UserError: something else is, or it was made by another choice."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     if not all((target / name).is_file() for name in FILES):
         raise UserError(f"{target} exists and is not this data set, or not all of it; move it or give "
                         "another --to")
+    made = (target / CHOICE).read_text(encoding="utf-8") if (target / CHOICE).exists() else choice
+    if made != choice:
+        raise UserError(f"{target} was made from {made}, and not from {choice}; move it or give another --to")
     return True
 
 
-def write(target, files):
-    """Write name -> objects in a folder beside target that takes its place when whole."""
+def write(target, files, choice):
+    """Write name -> objects in a folder beside target that takes its place when whole; it holds, too, by
+    what `choice` it was made."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
         folder = type(target)(beside) / target.name
@@ -78,17 +97,22 @@ def write(target, files):
             lines = [json.dumps(o, ensure_ascii=False) + "\n" for o in objects]
             (folder / name).write_text("".join(lines), encoding="utf-8", newline="\n")
             print(f"{target / name}: {len(lines)} lines")
+        (folder / CHOICE).write_text(choice, encoding="utf-8")
         folder.replace(target)
 
 
-def finish(make, target):
-    """make() unless target is complete. The exit code; a mistake is one sentence on stderr."""
+def finish(make, target, choice):
+    """make(target, choice) unless that is complete. The exit code; a mistake is one sentence on stderr."""
     try:
-        if is_complete(target):
+        target = Path(os.path.realpath(target))
+        if is_complete(target, choice):
             print(f"{target} is complete already: nothing to do")
         else:
-            make()
+            make(target, choice)
         return 0
+    except KeyboardInterrupt:
+        print("stopped: what was downloaded is kept, and the same command goes on", file=sys.stderr)
+        return 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:

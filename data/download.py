@@ -3,7 +3,6 @@
 NAME.part holds what has come so far and NAME.part.tag the ETag (or date) it belongs to: a file that
 has changed on the server since then starts anew (RFC 9110, sections 13.1.5 and 14).
 """
-import hashlib
 import http.client
 import re
 import sys
@@ -14,23 +13,26 @@ import urllib.request
 from data.records import UserError
 
 
-def download(url, path, sha256=None, size=None, otherwise="fetch it by hand and use --from"):
-    """url -> path, unless it is there; returns path. UserError: no network (it says what to do `otherwise`),
-    another sha256 or size."""
+def download(url, path, check, otherwise="fetch it by hand and use --from"):
+    """url -> path, unless it is there; returns path. check(file) raises UserError where what has come is
+    not whole or something else (a login page, say). UserError: that, or no network (it says what to do
+    `otherwise`)."""
     if path.exists():
         return path
     part, tag = (path.with_name(path.name + end) for end in (".part", ".part.tag"))
     try:
         fetch(url, part, tag)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: sent to no address
         code = f"HTTP {error.code} " if isinstance(error, urllib.error.HTTPError) else ""
         why = code + " ".join(str(getattr(error, "reason", error)).split())
         kept = "what has come is kept and the same command goes on, or " * bool(held(part, tag))
         raise UserError(f"cannot download {url} ({why}); {kept}{otherwise}") from error
-    if size not in (None, part.stat().st_size) or (
-            sha256 and sha256 != hashlib.sha256(part.read_bytes()).hexdigest()):
+    try:
+        check(part)
+    except UserError as error:
         part.unlink()
-        raise UserError(f"{url} is not the file that was expected: another size or SHA-256; deleted")
+        raise UserError(f"{url} is not the file that was expected, and was deleted again ({error}); "
+                        f"{otherwise}") from error
     part.replace(path)
     tag.unlink(missing_ok=True)
     return path
@@ -55,6 +57,8 @@ def fetch(url, part, tag):
     with reply:
         span = re.match(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range") or "")
         fits = span and int(span[1]) == have and validator(reply.headers) == known
+        if reply.status == 206 and not have:
+            raise OSError("the server sends a part, which nobody asked for")
         if reply.status == 416 or reply.status == 206 and not fits:
             part.unlink()
             return fetch(url, part, tag)

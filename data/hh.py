@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-from data.convert import LeftOut, examples, finish, write
+from data.convert import LeftOut, check_lines, examples, finish, write
 from data.download import download
 from data.records import ANSWER, UserError, split, text_of
 
@@ -76,7 +76,7 @@ def apart(train, val, left_out):
     return kept
 
 
-def build(paths, target):
+def build(paths, target, choice):
     """Source files -> the six files; prints what was written and left out."""
     left_out = LeftOut()
     train, val = read(paths, left_out)
@@ -90,13 +90,13 @@ def build(paths, target):
                                for prompt, chosen in dict.fromkeys(pair[:2] for pair in pairs)]
         files["preferences" + side] = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs]
         files["prompts" + side] = [{"prompt": prompt} for prompt in dict.fromkeys(p for p, _, _ in pairs)]
-    write(target, files)
+    write(target, files, choice)
 
 
 def fetched(subsets, folder):
     """The files of the subsets, downloaded into folder unless they are there."""
     names = [f"{subset}/{side}.jsonl.gz" for subset in subsets for side in ("train", "test")]
-    return [download(f"{URL}/{name}", folder / name) for name in names]
+    return [download(f"{URL}/{name}", folder / name, check_lines(packed=True)) for name in names]
 
 
 def given(sources, subsets):
@@ -104,7 +104,9 @@ def given(sources, subsets):
     paths = []
     for source in sources:
         inside = sorted(p for p in source.rglob("*.jsonl*") if p.suffix in (".gz", ".jsonl"))
-        found = [p for p in inside if any(subset in str(p.absolute()) for subset in subsets)]
+        within = Path(source.absolute().name)  # a folder may be named after its subset, too
+        found = [p for p in inside if any(subset in (within / p.relative_to(source)).parts[:-1]
+                                          or p.name.startswith(subset) for subset in subsets)]
         if source.is_dir() and not found:
             raise UserError(f"{source} holds no .jsonl or .jsonl.gz file of {' or '.join(subsets)}")
         paths += found or [source]
@@ -121,10 +123,10 @@ def main(argv=None):
                         help=f"of {', '.join(SUBSETS)} (default: the first two)")
     args = parser.parse_args(argv)
 
-    def make():
-        raw = args.to.with_name(args.to.name + "_raw")
-        build(given(args.source, args.subset) if args.source else fetched(args.subset, raw), args.to)
-    return finish(make, args.to)
+    def make(target, choice):
+        raw = target.with_name(target.name + "_raw")
+        build(given(args.source, args.subset) if args.source else fetched(args.subset, raw), target, choice)
+    return finish(make, args.to, " ".join(args.subset))
 
 
 if __name__ == "__main__":

@@ -153,6 +153,8 @@ def _last(messages):
     """The last turn, as what follows "Assistant:" in the text."""
     if messages[-1]["role"] != "assistant":
         raise UserError("the last message is not the assistant's")
+    if not messages[-1]["content"]:
+        raise UserError("the last message is empty")
     return " " + messages[-1]["content"]
 
 
@@ -164,6 +166,8 @@ def _demonstration(row):
         _chat(messages)  # the last turn is checked as well
         return _chat(messages[:-1]) + ANSWER, _last(messages)
     if "text" in row:
+        if "completion" in row:
+            raise UserError('"text" and "completion" are both there: which is meant?')
         prompt, completion = "", text_of(row, "text")
     else:
         prompt, completion = _prompt(row), _answer(row, "completion")

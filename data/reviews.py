@@ -211,7 +211,7 @@ def half_panel_accuracy(pairs, cuts=10):
 
 # ---- files ----
 
-def build(source, target, only=None):
+def build(source, target, choice, only=None):
     """Archive or folder -> the six files; prints what was written and the human ceilings. `only`, 0 or
     1, keeps half of the sentences to train on: two reward models that have none in common."""
     sides, files = {".jsonl": [], "_val.jsonl": []}, {}
@@ -228,7 +228,7 @@ def build(source, target, only=None):
     files["preferences.jsonl"] = rankings(train)
     files["preferences_val.jsonl"] = [{"prompt": "", "chosen": a.text, "rejected": b.text,
                                        "gold": [a.mean, b.mean]} for a, b in pairs]
-    write(target, files)
+    write(target, files, choice)
     print(f"{len(train)} sentences to train, {len(val)} held out; those of one or two words "
           f"are in preferences only")
     wide = [(a, b) for a, b in pairs if a.mean - b.mean > WIDE_GAP]
@@ -247,9 +247,9 @@ def main(argv=None):
     parser.add_argument("--half", type=int, choices=(0, 1), help="train on one half of the sentences only")
     args = parser.parse_args(argv)
 
-    def make():
-        build(args.source or download(URL, args.to.parent / ARCHIVE), args.to, args.half)
-    return finish(make, args.to)
+    def make(target, choice):
+        build(args.source or download(URL, target.parent / ARCHIVE, read_source), target, choice, args.half)
+    return finish(make, args.to, "all sentences" if args.half is None else f"half {args.half} of the sentences")
 
 
 if __name__ == "__main__":

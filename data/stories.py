@@ -14,7 +14,11 @@ import math
 import os
 import random
 import re
+import shutil
+import sys
 from pathlib import Path
+
+from data.records import UserError
 
 FOLDER = Path(__file__).parent / "files" / "stories"
 BEST = 1.0  # gold of a perfect story
@@ -280,14 +284,19 @@ def make(folder=FOLDER, seed=0):
     pairs.sort(key=("fox", "lantern").__ne__)  # README's prompt is one of the held-out ones
     held_out = len(pairs) // 10
     beside = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    beside.mkdir(parents=True)
-    for name, size in SIZES.items():
-        pool = pairs[:held_out] if name.endswith("_val") else pairs[held_out:]
-        with open(beside / f"{name}.jsonl", "w") as file:
-            for _ in range(size):
-                prompt, asked = make_prompt(rng, *rng.choice(pool))
-                file.write(json.dumps(_line(rng, name, prompt, asked)) + "\n")
-    os.replace(beside, folder)
+    try:
+        beside.mkdir(parents=True)
+        for name, size in SIZES.items():
+            pool = pairs[:held_out] if name.endswith("_val") else pairs[held_out:]
+            with open(beside / f"{name}.jsonl", "w") as file:
+                for _ in range(size):
+                    prompt, asked = make_prompt(rng, *rng.choice(pool))
+                    file.write(json.dumps(_line(rng, name, prompt, asked)) + "\n")
+        os.replace(beside, folder)
+    except OSError as error:
+        raise UserError(f"the stories can't be written to {folder}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     print(f"made the stories data in {folder}")
     return folder
 
@@ -305,4 +314,9 @@ def _line(rng, name, prompt, asked):
 
 
 if __name__ == "__main__":
-    make()
+    try:
+        make()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -20,7 +20,7 @@ import re
 import sys
 from pathlib import Path
 
-from data.convert import FILES, LeftOut, examples, finish, write
+from data.convert import FILES, LeftOut, check_lines, examples, finish, write
 from data.download import download
 from data.records import UserError, text_of
 
@@ -101,7 +101,7 @@ def apart(found, left_out):
     return kept
 
 
-def build(paths, target):
+def build(paths, target, choice):
     """Source files -> JSONL files; prints what was written, left out and not made."""
     left_out, files = LeftOut(), {}
     for name, some in apart(read(paths, left_out), left_out).items():
@@ -114,7 +114,7 @@ def build(paths, target):
     made = {name: files[name] for name in FILES if files[name]}
     if not made:
         raise UserError(f"no example in {', '.join(map(str, paths))}")
-    write(target, made)
+    write(target, made, choice)
     for name in [name for name in FILES if name not in made]:
         print(f"{target / name}: not made, there is nothing for it in the source")
 
@@ -140,11 +140,11 @@ def main(argv=None):
     parser.add_argument("--to", type=Path, default=TARGET, help="default: %(default)s")
     args = parser.parse_args(argv)
 
-    def make():
-        raw = args.to.with_name(args.to.name + "_raw")
+    def make(target, choice):
+        raw, check = target.with_name(target.name + "_raw"), check_lines(packed=False)
         build(given(args.source) if args.source else
-              [download(f"{URL}/{name}", raw / Path(name).name) for name in SOURCE], args.to)
-    return finish(make, args.to)
+              [download(f"{URL}/{name}", raw / Path(name).name, check) for name in SOURCE], target, choice)
+    return finish(make, args.to, "TL;DR")
 
 
 if __name__ == "__main__":

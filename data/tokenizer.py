@@ -147,6 +147,8 @@ def save_bpe(ranks, path):
             file.write(_dump(ranks))
         os.replace(beside, path)
     except OSError as error:
+        if os.path.exists(beside):
+            os.unlink(beside)
         raise UserError(f"can't write {path}: {_reason(error)}") from None
 
 
@@ -236,7 +238,7 @@ def read_texts(path):
     """A file's text, or all strings in its JSON objects. UserError: names the place and fault."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            text = file.read().decode("utf-8")
+            text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: no UTF-8 at byte offset {error.start}") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
@@ -267,6 +269,8 @@ def train(files, vocab_size, out):
     start = time.time()
     check_new(out)
     texts = [text for path in files for text in read_texts(path)]
+    if not any(texts):
+        raise UserError(f"nothing to train on: {', '.join(files)} holds no text")
     ranks = train_bpe(texts, vocab_size)
     seconds, tokenizer = time.time() - start, _from_ranks(out, ranks)
     n_bytes = sum(len(_well_formed(text).encode()) for text in texts)
@@ -289,6 +293,8 @@ def main(argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -5,7 +5,7 @@
 # Learning rates: Ziegler et al. 2019 (124M) and Stiennon et al. 2020; the rest is that of ppo.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python} out=${OUT:-out/gpt2_hh}
+python=${PYTHON:-python} out=${OUT:-out/gpt2_hh${SMOKE:+_smoke}}
 source runs/smoke.sh
 
 if [ -n "${SMOKE:-}" ]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Human ratings, from scratch: 8,979 film-review sentences, no pretrained weights, 2 CPU cores.
 #   bash runs/reviews.sh                   # downloads the archive
-#   bash runs/reviews.sh --from ARCHIVE    # has it already
+#   bash runs/reviews.sh --from ARCHIVE    # has it already; as an absolute path
 # One reward model learns from all sentences and is held against the raters. Two more learn from one
 # half each: PPO climbs the first, and the second judges what it did, having seen none of its ratings; all
 # of them start from one SFT model.
@@ -28,4 +28,4 @@ for seed in $seeds; do
     $python ppo.py --data $data --out "$dir/half0" --judge "$dir/half1/rm.pt" --seed $seed \
         --max-new-tokens 48 --kl-coef 0.15 --show 10
 done
-$python runs/reviews_table.py $data "$out"/?
+$python runs/reviews_table.py $data $(for seed in $seeds; do echo "$out/$seed"; done)

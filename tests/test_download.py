@@ -1,12 +1,11 @@
 """Download: a server on this machine that breaks off, forgets ranges, changes its file or lies."""
-import hashlib
 import http.server
 import re
 import threading
 
 import pytest
 
-from data.download import download
+from data import download as module
 from data.records import UserError
 
 BODY = bytes(i * 7 % 251 for i in range(300_000))
@@ -62,6 +61,15 @@ def path(tmp_path):
     return tmp_path / "deep" / "data.bin"
 
 
+def download(url, path, check=lambda path: None):
+    return module.download(url, path, check)
+
+
+def is_body(path):
+    if path.read_bytes() != BODY:
+        raise UserError(f"{path} is a login page")
+
+
 def refused(url, path, **what):
     """The one sentence of the failure; nothing is at path."""
     with pytest.raises(UserError) as error:
@@ -82,8 +90,7 @@ def names(path):
 
 
 def test_whole_file_and_nothing_beside_it(server, path, capsys):
-    sha = hashlib.sha256(BODY).hexdigest()
-    assert download(server.url, path, sha256=sha, size=len(BODY)) == path
+    assert download(server.url, path, is_body) == path
     assert path.read_bytes() == BODY and names(path) == ["data.bin"]
     assert capsys.readouterr().err == "data.bin: 292 of 292 kB\n"  # no terminal: a line
 
@@ -99,7 +106,7 @@ def test_on_a_terminal_one_line_is_rewritten(server, path, capsys, monkeypatch):
 def test_file_that_is_there_needs_no_network(path):
     path.parent.mkdir()
     path.write_bytes(b"mine")
-    download("http://127.0.0.1:1/", path, size=5)
+    download("http://127.0.0.1:1/", path, is_body)
     assert path.read_bytes() == b"mine"
 
 
@@ -163,18 +170,26 @@ def test_lies_about_the_length(server, path):
     server.length = 400_000
     assert "300000 of 400000" in refused(server.url, path)
     (path.parent / "data.bin.part").unlink()
-    server.length = 1000  # nothing but size and sha256 can tell
-    assert "not the file that was expected" in refused(server.url, path, size=len(BODY))
+    server.length = 1000  # nothing but a look at it can tell
+    assert "not the file that was expected" in refused(server.url, path, check=is_body)
     assert "data.bin.part" not in names(path)
     server.length = -1  # none given
     download(server.url, path)
     assert path.read_bytes() == BODY
 
 
-def test_wrong_sha256_is_not_kept(server, path):
-    assert "another size or SHA-256" in refused(server.url, path, sha256="0" * 64)
-    assert "data.bin.part" not in names(path)
-    download(server.url, path, sha256=hashlib.sha256(BODY).hexdigest())
+def test_what_is_not_the_file_is_not_kept(server, path):
+    server.body, server.length = b"<html>log in</html>", -1
+    says = refused(server.url, path, check=is_body)
+    assert "data.bin.part is a login page" in says and "--from" in says and "data.bin.part" not in names(path)
+    server.body = BODY
+    download(server.url, path, is_body)
+    assert path.read_bytes() == BODY
+
+
+def test_a_part_that_nobody_asked_for(server, path, monkeypatch):
+    monkeypatch.setattr(server, "send_response", lambda self, status: http.server.BaseHTTPRequestHandler.send_response(self, 206))
+    assert "nobody asked for" in refused(server.url, path)
 
 
 def test_404_leaves_nothing_and_keeps_what_has_come(server, path):

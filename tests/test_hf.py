@@ -1,5 +1,6 @@
 """hf.py: nothing is lost on the way out and back, transformers agrees, and no bad file is let in."""
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -139,13 +140,16 @@ def fake_download(monkeypatch, download):
 
 
 def test_a_known_name_is_downloaded_once(tiny, tmp_path, monkeypatch):
-    folder, asked = exported(tiny(**SMALL), tmp_path), []
+    folder, theirs, asked = exported(tiny(**SMALL), tmp_path), tmp_path / "theirs.pt", []
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
-    def download(url, path, otherwise):
+    def download(url, path, check, otherwise):
         if not path.exists():
             asked.append(url)
             path.write_bytes((folder / path.name).read_bytes())
+            check(path)
+            with pytest.raises(UserError):
+                check(theirs)
     fake_download(monkeypatch, download)
     for _ in range(2):
         imported("gpt2-medium", tmp_path)
@@ -182,8 +186,8 @@ BAD_FILES = {
     "no object": (blob([1]), "is not a JSON object"),
     "twice": (blob(b'{"a": 1, "a": 2}'), "stands twice"),
     "long number": (blob(b'{"a": ' + b"9" * 5000 + b"}"), "is not JSON"),
-    "cut off": (blob({"a": entry()}, bytes(9)), "cut off or damaged.* 16 bytes .* there are 9"),
-    "past the end": (blob({"a": entry(), "b": entry(offsets=(16, 32))}, bytes(16)), "there are 16"),
+    "cut off": (blob({"a": entry()}, bytes(9)), "cut off or damaged: 'a' ends at byte 16 of 9"),
+    "past the end": (blob({"a": entry(), "b": entry(offsets=(16, 32))}, bytes(16)), "cut off or damaged: 'b' ends at byte 32 of 16"),
     "too much": (blob({"a": entry()}, bytes(20)), "there are 20"),
     "overlap": (blob({"a": entry(), "b": entry(offsets=(8, 24))}, bytes(24)), "'b' begin at byte 8 instead of 16"),
     "same place": (blob({"a": entry(), "b": entry()}, bytes(16)), "gap or an overlap"),
@@ -307,10 +311,23 @@ def test_wrong_tensors_are_all_named(tiny, tmp_path):
                               r"ln_f.bias is missing; wpe.weight is torch.float64")
 
 
-def test_a_long_list_is_shortened(tiny, tmp_path):
+def test_a_long_list_is_whole(tiny, tmp_path):
     tensors, config, _ = raw(tiny, tmp_path)
     refused(folder_of({name: tensors[name] for name in ("wte.weight", "wpe.weight", "h.0.ln_1.bias")}, config,
-                      tmp_path), tmp_path, "is missing; and 8 more")
+                      tmp_path), tmp_path, "h.0.ln_2.weight is missing; .*; ln_f.weight is missing$")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_tensor_under_both_of_its_names(tiny, tmp_path, file):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder = folder_of(tensors | {"transformer.wte.weight": torch.zeros(257, 8)}, config, tmp_path, file)
+    refused(folder, tmp_path, "'(transformer.)?wte.weight' is there with and without the prefix")
+
+
+def test_numbers_that_are_not_finite(tiny, tmp_path):
+    tensors, config, _ = raw(tiny, tmp_path)
+    tensors["ln_f.bias"][3] = math.nan
+    refused(folder_of(tensors, config, tmp_path), tmp_path, "ln_f.bias holds numbers that are not finite")
 
 
 @pytest.mark.parametrize("head", [torch.zeros(257, 8), torch.zeros(3, 3), torch.zeros(257, 8).half()])
@@ -358,7 +375,7 @@ def test_a_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):
     def full(path, tensors):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(hf, "write_safetensors", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="can't be written: No space"):
         exported(tiny(**BYTES), tmp_path)
     assert os.listdir(tmp_path) == ["theirs.pt"]
 

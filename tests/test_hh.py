@@ -145,9 +145,21 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, capsys):
 def test_nothing_half_written_stays(tmp_path, monkeypatch):
     file = pack(tmp_path / "in" / "a.jsonl", many(200))
     monkeypatch.setattr(Path, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "there" / "out", file)
+    assert run(tmp_path / "there" / "out", file) == 130
     assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_another_subset_is_not_taken_for_this_one(tmp_path, capsys):
+    file = pack(tmp_path / "in" / "a.jsonl", many(200))
+    assert run(tmp_path / "out", file) == 0
+    assert hh.main(["--subset", "helpful-online", "--to", str(tmp_path / "out")]) == 1
+    assert "was made from helpful-base harmless-base, and not from helpful-online" in capsys.readouterr().err
+
+
+def test_a_folder_that_only_sounds_like_a_subset_is_none(tmp_path, capsys):
+    pack(tmp_path / "helpful-base-stuff" / "helpful-online" / "train.jsonl", many(200))
+    assert run(tmp_path / "out", tmp_path / "helpful-base-stuff") == 1
+    assert "holds no .jsonl or .jsonl.gz file of helpful-base or harmless-base" in capsys.readouterr().err
 
 
 def test_downloads_both_sides_of_the_subsets_once(tmp_path, monkeypatch):

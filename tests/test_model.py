@@ -375,6 +375,11 @@ def test_static_steps_are_one_graph_at_one_address(tiny, monkeypatch):
         assert len(graphs) == count
         places.append([x.data_ptr() for x in gpt.static_cache.buffers()])
     assert places[0] == places[1] == places[2] and gpt.static_cache.hidden.shape == (3, 128)
+    long = tiny(block_size=200)
+    long.trunk.static = True
+    for P, S in ((140, 256), (3, 256), (120, 256)):  # it grows only: each size is compiled
+        long.generate(*padded([[1] * P]), 5)
+        assert long.static_cache.hidden.shape == (1, S)
     assert list(gpt.state_dict()) == list(tiny().state_dict())  # nothing of it gets into a checkpoint
 
 

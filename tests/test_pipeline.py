@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 import ppo
 import train_rm
 import train_sft
@@ -369,6 +370,86 @@ def test_mistakes_are_one_sentence_on_the_command_line(tmp_path):
                               capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 1 and done.stderr.count("\n") == 1
         assert "sft.pt is missing: `python train_sft.py` makes it" in done.stderr
+
+
+def test_one_epoch_is_every_example_once(made, tmp_path, monkeypatch):
+    """Shuffled batches are more than sorted ones; steps counted by these left some examples out."""
+    seen = []
+    sft_backward, ranking_backward = train_sft.sft_backward, train_rm.ranking_backward
+    monkeypatch.setattr(train_sft, "sft_backward", lambda gpt, rows, *rest: seen.extend(map(str, rows)) or
+                        sft_backward(gpt, rows, *rest))
+    monkeypatch.setattr(train_rm, "ranking_backward", lambda rm, groups, *rest: seen.extend(map(str, groups)) or
+                        ranking_backward(rm, groups, *rest))
+    make_data(tmp_path / "data", n=500)
+    where = {"data": str(tmp_path / "data"), "out": str(tmp_path), "save_every": 0}
+    train_sft.main(train_sft.Config(**where, **SIZES | {"batch_tokens": 40}, epochs=1))
+    assert len(seen) == 500
+    seen.clear()
+    train_rm.main(train_rm.Config(**where, batch_tokens=90, device="cpu"))
+    assert len(seen) == 500
+
+
+def test_a_sample_of_a_prompt_that_is_too_long(made, tmp_path):
+    """It is shown as it is held out: cut from the left."""
+    shutil.copytree(made / "data", tmp_path / "data")
+    jsonl(tmp_path / "data/sft_val.jsonl", [{"prompt": "y" * 50, "completion": "abc"}])
+    where = {"data": str(tmp_path / "data"), "out": str(tmp_path)}
+    train_sft.main(train_sft.Config(**where, **SIZES | {"batch_tokens": 32}, epochs=5))  # 100 steps and more
+
+
+def test_a_judge_that_reads_a_reward_token_has_room_for_it(made, run, tmp_path):
+    shutil.copytree(made / "data", tmp_path / "data")
+    jsonl(tmp_path / "data/prompts_val.jsonl", [{"prompt": "y" * 50}])
+    save(tmp_path / "judge.pt", RewardModel.from_gpt(load(GPT, made / "out/sft.pt"), "token"), load_tokenizer(made / "out/sft.pt"))
+    run(data=str(tmp_path / "data"), judge=str(tmp_path / "judge.pt"), no_eos_score=0.0)
+
+
+@pytest.mark.parametrize("script, flags, says", [
+    ("train_sft.py", ["--device", "nowhere"], "--device nowhere: there is no such device here"),
+    ("train_sft.py", ["--n-head", "3"], "--d-model must be a multiple of --n-head"),
+    ("train_sft.py", ["--epochs", "nan"], "--epochs nan must lie between"),
+    ("train_sft.py", ["--block-size", "1"], "--block-size 1 must lie between 2 and"),
+    ("train_rm.py", ["--dropout", "-0.1"], "--dropout -0.1 must lie between 0 and 0.99"),
+    ("ppo.py", ["--minibatches", "0"], "--minibatches 0 must lie between 1 and"),
+    ("ppo.py", ["--temperature", "0"], "--temperature 0.0 must lie between 1e-09 and"),
+    ("ppo.py", ["--seed", "9" * 30], "--seed 9+ must lie between 0 and"),
+])
+def test_flags_that_make_no_sense_are_named_and_nothing_is_touched(tmp_path, monkeypatch, script, flags, says):
+    module = {"train_sft.py": train_sft, "train_rm.py": train_rm, "ppo.py": ppo}[script]
+    make_data(tmp_path / "data", n=8)
+    monkeypatch.setattr(sys, "argv", [script, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit, match=f"^{script}: {says}"):
+        common.run(module.main, module.Config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_may_be_0_where_that_means_something():
+    ok = {"weight_decay": 0.0, "save_every": 0, "kl_coef": 0.0, "no_eos_score": -3.0, "update_kl": math.inf, "clip": math.inf}
+    for module in (train_sft, train_rm, ppo):
+        names = module.Config.__dataclass_fields__
+        common.check_numbers(module.Config(**{name: x for name, x in ok.items() if name in names}))
+
+
+def test_an_unknown_pool_is_named(made):
+    with pytest.raises(UserError, match="--pool middle is none of last, mean, max, token"):
+        train_rm.main(train_rm.Config(data=str(made / "data"), out=str(made / "out"), pool="middle", device="cpu"))
+
+
+def test_out_of_gpu_memory_is_one_sentence(monkeypatch):
+    def main(cfg):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nmore")
+    main.__module__ = "ppo"
+    monkeypatch.setattr(sys, "argv", ["ppo.py"])
+    with pytest.raises(SystemExit, match="^ppo.py: CUDA out of memory. Try a smaller --micro-batch"):
+        common.run(main, ppo.Config)
+
+
+def test_a_reward_model_for_shorter_texts_scores_no_samples(made, tmp_path):
+    tokenizer, path = load_tokenizer(made / "out/sft.pt"), tmp_path / "rm.pt"
+    save(path, RewardModel.from_gpt(GPT(GPTConfig(tokenizer.vocab_size, 16, 1, 2, 32))), tokenizer)
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--ckpt", str(made / "out/ppo.pt"), "--reward",
+                           str(path), "--device", "cpu", "x:"], capture_output=True, text=True)
+    assert done.returncode == 1 and "was trained for shorter texts than" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_sample_prints_what_the_checkpoint_says(made):

@@ -594,6 +594,16 @@ def test_P23_P24_passes_are_permutations_and_every_minibatch_a_step(monkeypatch)
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
+@pytest.mark.parametrize("B, minibatches, sizes", [(9, 4, [3, 2, 2, 2]), (10, 7, [2, 2, 2, 1, 1, 1, 1]), (3, 8, [1, 1, 1])])
+def test_minibatches_are_as_many_as_asked_for_and_of_like_size(monkeypatch, B, minibatches, sizes):
+    policy, _, critic, _, cfg, batch = make_batch(B=B, epochs=1, minibatches=minibatches, update_kl=1e9)
+    parts = []
+    monkeypatch.setattr(ppo, "minibatch_backward", lambda p, c, b, part, cfg: parts.append(len(part)) or
+                        minibatch_backward(p, c, b, part, cfg))
+    improve(policy, critic, adam(policy, critic), batch, cfg, 1, gen(0))
+    assert parts == sizes
+
+
 @pytest.mark.parametrize("shift", [0.6, -0.6])
 def test_P28_a_large_kl_throws_the_gradients_away(shift):
     """On k3, so in either direction; a small one does not stop."""

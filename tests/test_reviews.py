@@ -265,8 +265,7 @@ def test_nothing_half_written_stays(archive, tmp_path, monkeypatch, capsys, erro
     if isinstance(error, OSError):
         assert "No space left" in errors(capsys, "--from", archive, "--to", target)
     else:
-        with pytest.raises(KeyboardInterrupt):
-            run(archive, target)
+        assert run(archive, target) == 130
     assert len(beside) == 1 and beside[0] != target and list(target.parent.iterdir()) == []
 
 
@@ -278,6 +277,15 @@ def test_a_complete_data_set_is_left_alone(archive, tmp_path, capsys):
     assert run(tmp_path / "missing", target) == 0
     assert "complete already" in capsys.readouterr().out
     assert (target / "sft.jsonl").read_text() == "mine"
+
+
+def test_another_half_is_not_taken_for_this_one(archive, tmp_path, capsys):
+    target = tmp_path / "out"
+    assert run(archive, target) == 0
+    assert "was made from all sentences, and not from half 1" in errors(capsys, "--from", archive, "--to", target,
+                                                                        "--half", 1)
+    (target / "made_from.txt").unlink()  # of an older version: nothing is known
+    assert run(archive, target) == 0
 
 
 def test_other_peoples_folders_are_left_alone(archive, tmp_path, capsys):
@@ -298,7 +306,7 @@ def test_nothing_is_unpacked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "in")
     assert run(pack(tmp_path / "in/a.tar.gz", *source(), folder="../up"), tmp_path / "d/out") == 0
     names = {p.name for p in tmp_path.rglob("*")}
-    assert names == {"in", "a.tar.gz", "d", "out", *FILES}
+    assert names == {"in", "a.tar.gz", "d", "out", "made_from.txt", *FILES}
 
 
 # ---- download ----

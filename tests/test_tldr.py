@@ -44,7 +44,7 @@ def run(target, *sources):
 
 
 def load(place):
-    return {path.name: [json.loads(x) for x in path.read_text("utf-8").splitlines()] for path in place.iterdir()}
+    return {path.name: [json.loads(x) for x in path.read_text("utf-8").splitlines()] for path in place.glob("*.jsonl")}
 
 
 def test_all_six_files(folder, tmp_path, capsys):
