@@ -43,7 +43,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of what was read so far: `k` and `v` (L,B,H,S,D) for L layers and room for S.
+    """Keys and values of what was read so far: `k` and `v`, for each layer (B,H,S,D) with room for S.
 
     Rows of unequal length need no left padding. All rows write into the same places, those behind what
     is filled; a pad's place stays hidden for good, and each row counts its own positions.
@@ -51,8 +51,8 @@ class KVCache:
 
     def __init__(self, trunk, B, S):
         config, weight = trunk.config, trunk.wte.weight
-        shape = (config.n_layer, B, config.n_head, S, config.d_model // config.n_head)
-        self.k, self.v = weight.new_empty(shape), weight.new_empty(shape)
+        shape = (B, config.n_head, S, config.d_model // config.n_head)
+        self.k, self.v = ([weight.new_empty(shape) for _ in range(config.n_layer)] for _ in "kv")
         self.hidden = torch.zeros(B, S, dtype=torch.bool, device=weight.device)
         self.length = torch.zeros(B, dtype=torch.long, device=weight.device)
         self.filled = 0
@@ -80,8 +80,8 @@ class KVCache:
 
     def keep(self, rows):
         """Forget all rows but `rows`, a boolean mask (B,)."""
-        self.k = self.k[:, rows]
-        self.v = self.v[:, rows]  # apart, so that not both are there twice
+        for layer in range(len(self.k)):  # one by one, so that never all is there twice
+            self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
         self.hidden, self.length = self.hidden[rows], self.length[rows]
 
 
@@ -98,7 +98,8 @@ class StaticCache(nn.Module):
     def __init__(self, cache, S):
         super().__init__()
         (B, H, _, D), length = cache.k[0].shape, cache.length
-        tensors = {f"{name}{i}": cache.k.new_empty(B, H, S, D) for name in "kv" for i in range(len(cache.k))}
+        tensors = {f"{name}{i}": cache.k[0].new_empty(B, H, S, D) for name in "kv"
+                   for i in range(len(cache.k))}
         tensors |= {"hidden": length.new_empty(B, S, dtype=torch.bool), "length": length.clone(),
                     "place": length.new_empty(1)}
         for name, x in tensors.items():
