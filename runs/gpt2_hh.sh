@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # GPT-2 (124M) on Anthropic's HH, on one GPU: weights, data, SFT, reward model, PPO.
-#   bash runs/gpt2_hh.sh             # not measured here; 15 GB of GPU memory by bench.py --plan
+#   bash runs/gpt2_hh.sh             # not measured here; by bench.py --plan PPO takes 15 GB of GPU memory
+#                                    # with prompts of 512 tokens, 18 GB with the longest there can be, 896
 #   SMOKE=1 bash runs/gpt2_hh.sh     # the same commands on a CPU: a tiny net, few texts, few steps
 # Learning rates: Ziegler et al. 2019 (124M) and Stiennon et al. 2020; the rest is that of ppo.py.
 set -euo pipefail

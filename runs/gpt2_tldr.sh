@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # GPT-2 (124M) on OpenAI's TL;DR, on one GPU: weights, data, SFT, reward model, PPO.
-#   bash runs/gpt2_tldr.sh             # not measured here; 20 to 31 GB of GPU memory by bench.py --plan
+#   bash runs/gpt2_tldr.sh             # not measured here; by bench.py --plan PPO takes 18 GB of GPU memory
+#                                      # with prompts of 450 tokens, 33 GB with the longest there can be, 960
 #   SMOKE=1 bash runs/gpt2_tldr.sh     # the same commands on a CPU: a tiny net, few texts, few steps
 # Learning rates: Ziegler et al. 2019 (124M) and Stiennon et al. 2020; the rest is that of ppo.py.
 set -euo pipefail
