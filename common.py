@@ -45,7 +45,7 @@ def run(main, Config):
 
 LIMITS = {"seed": (0, 2**63 - 1), "dropout": (0, 0.99), "lam": (0, 1), "block_size": (2, 2**31),
           "no_eos_score": (-1e9, 1e9), "clip": (0, math.inf), "update_kl": (0, math.inf)} | dict.fromkeys(
-    ("weight_decay", "save_every", "kl_coef", "kl_target", "ptx_coef", "show", "wide_gap"), (0, 1e9))
+    ("lr", "critic_lr", "weight_decay", "save_every", "kl_coef", "kl_target", "ptx_coef", "show", "wide_gap"), (0, 1e9))
 
 
 def check_numbers(cfg):
@@ -75,7 +75,7 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name}: there is no such device here") from None
     if name.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32; some CPUs would round as well

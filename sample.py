@@ -29,7 +29,7 @@ def respond(gpt, tokenizer, prompt, args, generator):
 
 def score(rm, tokens, lengths):
     """(n,) scores; a response that leaves no room for the reward token is cut by one."""
-    room = tokens.shape[1] - (rm.pool == "token" and tokens.shape[1] == rm.config.block_size)
+    room = rm.config.block_size - (rm.pool == "token")
     with torch.inference_mode():
         return rm.score(tokens[:, :room], lengths.clamp(max=room))
 
@@ -76,7 +76,8 @@ def check(args):
         raise UserError("--best-of needs a reward model: --reward out/rm.pt")
     if not (1 <= args.n <= 10**6 and args.max_new_tokens >= 1 and 0 <= args.best_of <= 10**6
             and 0 <= args.seed < 2**63):
-        raise UserError("--n and --max-new-tokens start at 1, --best-of and --seed at 0, and none is that large")
+        raise UserError("--n and --max-new-tokens start at 1, --best-of and --seed at 0; --n and --best-of end "
+                        "at 1000000")
     if args.temperature and not 1e-3 <= args.temperature <= 1e3:  # not: for nan
         raise UserError("--temperature is 0, or lies between 0.001 and 1000")
     k, p = args.top_k, args.top_p

@@ -51,9 +51,9 @@ def lines(path, packed=None):
         raise UserError(f"{path} is empty")
 
 
-def examples(path, parse, left_out):
+def examples(path, parse, left_out, packed=None):
     """(file:line, parse(object)) of each line; where UserError is raised the line is left out."""
-    for place, line in lines(path):
+    for place, line in lines(path, packed):
         try:
             example = parse(json_object(line))
         except UserError as error:
@@ -63,13 +63,10 @@ def examples(path, parse, left_out):
 
 
 def check_lines(packed):
-    """For `download`: whether each line of what has come is a JSON object."""
+    """For `download`: a function of what has come, which must be whole and hold JSON objects."""
     def check(path):
-        for place, line in lines(path, packed):
-            try:
-                json_object(line)
-            except UserError as error:
-                raise UserError(f"{place}: {error}") from None
+        if not any([True for _ in examples(path, dict, LeftOut(), packed)]):  # a list: read to the end
+            raise UserError(f"{path} holds no JSON object")
     return check
 
 
@@ -111,7 +108,7 @@ def finish(make, target, choice):
             make(target, choice)
         return 0
     except KeyboardInterrupt:
-        print("stopped: what was downloaded is kept, and the same command goes on", file=sys.stderr)
+        print("stopped; the same command goes on with what was downloaded", file=sys.stderr)
         return 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -30,7 +30,7 @@ def download(url, path, check, otherwise="fetch it by hand and use --from"):
     try:
         check(part)
     except UserError as error:
-        part.unlink()
+        part.unlink(), tag.unlink(missing_ok=True)
         raise UserError(f"{url} is not the file that was expected, and was deleted again ({error}); "
                         f"{otherwise}") from error
     part.replace(path)
@@ -59,6 +59,8 @@ def fetch(url, part, tag):
         fits = span and int(span[1]) == have and validator(reply.headers) == known
         if reply.status == 206 and not have:
             raise OSError("the server sends a part, which nobody asked for")
+        if reply.status == 416 and reply.headers.get("Content-Range") == f"bytes */{have}":
+            return  # it was whole, and only not looked at yet
         if reply.status == 416 or reply.status == 206 and not fits:
             part.unlink()
             return fetch(url, part, tag)

@@ -104,7 +104,7 @@ def given(sources, subsets):
     paths = []
     for source in sources:
         inside = sorted(p for p in source.rglob("*.jsonl*") if p.suffix in (".gz", ".jsonl"))
-        within = Path(source.absolute().name)  # a folder may be named after its subset, too
+        within = Path(source.resolve().name)  # a folder may be named after its subset, too
         found = [p for p in inside if any(subset in (within / p.relative_to(source)).parts[:-1]
                                           or p.name.startswith(subset) for subset in subsets)]
         if source.is_dir() and not found:
@@ -126,7 +126,8 @@ def main(argv=None):
     def make(target, choice):
         raw = target.with_name(target.name + "_raw")
         build(given(args.source, args.subset) if args.source else fetched(args.subset, raw), target, choice)
-    return finish(make, args.to, " ".join(args.subset))
+    given_files = args.source and not any(source.is_dir() for source in args.source)
+    return finish(make, args.to, "files" if given_files else " ".join(sorted(set(args.subset))))
 
 
 if __name__ == "__main__":

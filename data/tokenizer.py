@@ -238,7 +238,7 @@ def read_texts(path):
     """A file's text, or all strings in its JSON objects. UserError: names the place and fault."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
+            text = file.read().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: no UTF-8 at byte offset {error.start}") from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
@@ -269,8 +269,6 @@ def train(files, vocab_size, out):
     start = time.time()
     check_new(out)
     texts = [text for path in files for text in read_texts(path)]
-    if not any(texts):
-        raise UserError(f"nothing to train on: {', '.join(files)} holds no text")
     ranks = train_bpe(texts, vocab_size)
     seconds, tokenizer = time.time() - start, _from_ranks(out, ranks)
     n_bytes = sum(len(_well_formed(text).encode()) for text in texts)

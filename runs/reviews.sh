@@ -28,4 +28,6 @@ for seed in $seeds; do
     $python ppo.py --data $data --out "$dir/half0" --judge "$dir/half1/rm.pt" --seed $seed \
         --max-new-tokens 48 --kl-coef 0.15 --show 10
 done
-$python runs/reviews_table.py $data $(for seed in $seeds; do echo "$out/$seed"; done)
+folders=()
+for seed in $seeds; do folders+=("$out/$seed"); done
+$python runs/reviews_table.py $data "${folders[@]}"

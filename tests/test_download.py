@@ -24,7 +24,9 @@ class Server(http.server.BaseHTTPRequestHandler):
         match = self.headers["If-Range"] in (None, cls.etag, cls.date) or not cls.heeds_if_range
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and match and cls.ranges else 0
         if start and start >= len(cls.body):
-            return self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(cls.body)}")
+            return self.end_headers()
         self.send_response(206 if start else 200)
         if start:
             shown = start + cls.wrong_start
@@ -185,6 +187,16 @@ def test_what_is_not_the_file_is_not_kept(server, path):
     server.body = BODY
     download(server.url, path, is_body)
     assert path.read_bytes() == BODY
+
+
+def test_what_was_not_looked_at_yet_is_not_fetched_again(server, path):
+    def interrupted(path):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        download(server.url, path, interrupted)
+    server.stop_after = 0  # nothing more would come
+    download(server.url, path, is_body)
+    assert path.read_bytes() == BODY and names(path) == ["data.bin"]
 
 
 def test_a_part_that_nobody_asked_for(server, path, monkeypatch):

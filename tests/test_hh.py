@@ -153,7 +153,31 @@ def test_another_subset_is_not_taken_for_this_one(tmp_path, capsys):
     file = pack(tmp_path / "in" / "a.jsonl", many(200))
     assert run(tmp_path / "out", file) == 0
     assert hh.main(["--subset", "helpful-online", "--to", str(tmp_path / "out")]) == 1
-    assert "was made from helpful-base harmless-base, and not from helpful-online" in capsys.readouterr().err
+    assert "was made from files, and not from helpful-online" in capsys.readouterr().err
+    folder = pack(tmp_path / "helpful-base" / "train.jsonl", many(200)).parent
+    for subsets in ([], ["--subset", "harmless-base", "helpful-base"]):  # their order does not matter
+        assert hh.main(["--from", str(folder), "--to", str(tmp_path / "two"), *subsets]) == 0
+    assert hh.main(["--from", str(folder), "--to", str(tmp_path / "two"), "--subset", "helpful-base"]) == 1
+    assert "was made from harmless-base helpful-base, and not from helpful-base;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place, source", [("helpful-base/train.jsonl", "helpful-base"), ("any/helpful-base.jsonl", "any"),
+                                           ("any/helpful-base/train.jsonl", "any"), ("helpful-base/train.jsonl", ".")])
+def test_where_a_subset_may_be_named(tmp_path, monkeypatch, place, source):
+    pack(tmp_path / place, many(200))
+    monkeypatch.chdir(tmp_path / "helpful-base" if source == "." else tmp_path)
+    assert run(tmp_path / "out", source) == 0
+
+
+@pytest.mark.parametrize("body", [gzip.compress(bytes(5000))[:-9], b"<html>log in</html>",
+                                  gzip.compress(b"<html>log in</html>")])
+def test_a_download_that_is_not_the_file_is_not_kept(tmp_path, monkeypatch, capsys, body):
+    (tmp_path / "web/helpful-base").mkdir(parents=True)
+    (tmp_path / "web/helpful-base/train.jsonl.gz").write_bytes(body)
+    monkeypatch.setattr(hh, "URL", (tmp_path / "web").as_uri())
+    assert hh.main(["--to", str(tmp_path / "d" / "hh")]) == 1
+    assert "train.jsonl.gz is not the file that was expected, and was deleted again" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "d").rglob("*") if path.is_file()]
 
 
 def test_a_folder_that_only_sounds_like_a_subset_is_none(tmp_path, capsys):

@@ -128,6 +128,8 @@ BAD = [(read, line, says) for read in (read_sft, read_preferences, read_prompts)
     (read_prompts, {"prompt": [turn("robot", "x")]}, '"role"'), (read_prompts, {"prompt": ["x"]}, '"role"'),
     (read_sft, {"prompt": "a"}, '"completion" is missing'), (read_sft, {"completion": "a"}, '"prompt" is missing'),
     (read_sft, {"prompt": "a", "completion": ""}, "completion is empty"), (read_sft, {"text": ""}, "completion is empty"),
+    (read_sft, {"text": "a", "completion": "b"}, '"text" and "completion" are both there'),
+    (read_sft, {"messages": [turn("user", "a"), turn("assistant", "")]}, "the last message is empty"),
     (read_sft, {"text": 1}, '"text" is no string'), (read_sft, b'{"text": "\\udc00x"}', "half a character"),
     (read_sft, {"messages": "x"}, '"messages" needs two turns'), (read_sft, {"messages": [turn("user", "a")]}, "two turns"),
     (read_sft, {"messages": [turn("user", "a"), turn("tool", "b")]}, '"role"'),

@@ -269,6 +269,12 @@ def test_what_does_not_fit_is_refused_and_what_changes_nothing_is_not(stopped, s
     out = stopped / "out"
     code, text, _ = start(stopped, "ppo", "--resume", "--lr", "0.5", "--kl-target", "0")
     assert code == 1 and "started otherwise: --lr was 0.003, --kl-target was 0.5" in text
+    was = torch.load(out / "ppo.state.pt", weights_only=True)
+    elsewhere = was | {"start": was["start"] | {"--device": "cuda on a machine with 2 GPUs"}}
+    torch.save(elsewhere, out / "ppo.state.pt")
+    code, text, _ = start(stopped, "ppo", "--resume")
+    assert code == 1 and "--device was cuda on a machine with 2 GPUs" in text
+    torch.save(was, out / "ppo.state.pt")
     for name in ("data/prompts.jsonl", "out/rm.pt"):
         content = (stopped / name).read_bytes()
         (stopped / name).write_bytes(content + b"\n")

@@ -62,7 +62,7 @@ def test_R10_random_head_starts_above_ln2():
     assert mean(both) == pytest.approx(math.log(2) + 0.25 / 8, abs=3e-3)
 
 
-def test_micro_batches_change_no_gradient():
+def test_micro_batches_change_no_gradient(monkeypatch):
     """Also with K of 2 to 4, with ties, and with a prompt that makes no pair at all and so counts nothing."""
     rng = random.Random(0)
     ranks = [[0, 1], [0, 0], [1, 0, 1], [0, 1, 2, 2], [1, 0], [0, 1, 1]]
@@ -73,6 +73,11 @@ def test_micro_batches_change_no_gradient():
         torch.manual_seed(0)
         rm = RewardModel(Trunk(GPTConfig(17, 16, 1, 2, 16)))
         results[size] = *train_rm.ranking_backward(rm, groups, size, "cpu", 1), [p.grad for p in rm.parameters()]
+    fed, pad = [], train_rm.pad
+    monkeypatch.setattr(train_rm, "pad", lambda rows, device: fed.append(len(rows) * max(map(len, rows))) or pad(rows, device))
+    train_rm.ranking_backward(RewardModel(Trunk(GPTConfig(17, 16, 1, 2, 16))), groups, 40, "cpu", 1)
+    assert max(fed) <= 40 and len(fed) > 2  # padding included
+    monkeypatch.undo()
     whole = ranking_loss(rm.score(*train_rm.pad([row for g in groups for row in g.rows])), ranks)
     assert results[10**6][:2] == pytest.approx([x.item() for x in whole], rel=1e-5)
     for size in (1, 30):

@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 
 from data import stories
-from data.records import open_data, read_preferences, read_prompts, read_sft
+from data.records import UserError, open_data, read_preferences, read_prompts, read_sft
 from data.stories import BEST, SHARPNESS, ceiling, gold_score, rank, split_sentences
 
 FRIEND = stories.WORDS["friend"][3]  # the words below are in every version of the world
@@ -248,6 +248,18 @@ def test_data_is_the_same_every_time_and_made_once(folder, tmp_path, monkeypatch
     os.utime(again, (0, 0))  # as if stories.py had been changed since
     stories.make(again)
     assert "stories.py is newer" in capsys.readouterr().out and (again / "sft.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_could_not_be_written_leaves_nothing(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(stories, "SIZES", SMALL)
+
+    def fails(*args):
+        raise error
+    monkeypatch.setattr(stories.os, "replace", fails)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
+        stories.make(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_stories_is_the_name_of_the_built_in_data(folder, monkeypatch):

@@ -274,6 +274,12 @@ def test_cli_reads_all_files(tmp_path):
     assert b"aa" in ranks and b"bb" in ranks
 
 
+def test_cli_leaves_out_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": "xyxy"}')
+    assert main(["train", "--out", str(tmp_path / "o"), str(tmp_path / "a.jsonl")]) == 0
+    assert b"xy" in tokenizer._parse((tmp_path / "o").read_text(), "o")
+
+
 @pytest.mark.parametrize("name, data, fault", [
     ("a.txt", b"ok \xff", "a.txt: no UTF-8 at byte offset 3"),
     ("a.txt.gz", gzip.compress(b"ok\xc3"), "a.txt.gz: no UTF-8 at byte offset 2"),
