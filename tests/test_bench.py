@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def fake_stories(out, device):
     rows = [([1] * (5 + i % 7), 2) for i in range(20)]
     gpt = bench.ending_gpt(GPTConfig(40, 128, 2, 2, 16), eos=39, mean=5)
-    return rows, 40, gpt, [[1, 2, 3], [4]], 39, "tiny"
+    return rows, gpt, [[1, 2, 3], [4]], 39, "tiny"
 
 
 @pytest.fixture
