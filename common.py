@@ -37,15 +37,16 @@ def run(main, Config):
     except KeyboardInterrupt:  # before the first step, or pressed once more
         sys.exit(130)
     except torch.cuda.OutOfMemoryError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).splitlines()[0][:200]} Try a smaller --micro-batch or "
-                 "--checkpoint-activations; `python bench.py --plan` counts what PPO takes")
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).splitlines()[0][:200]} Try a smaller "
+                 "--micro-batch or --checkpoint-activations; `python bench.py --plan` counts what PPO takes")
     except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 LIMITS = {"seed": (0, 2**63 - 1), "dropout": (0, 0.99), "lam": (0, 1), "block_size": (2, 2**31),
-          "no_eos_score": (-1e9, 1e9), "clip": (0, math.inf), "update_kl": (0, math.inf)} | dict.fromkeys(
-    ("lr", "critic_lr", "weight_decay", "save_every", "kl_coef", "kl_target", "ptx_coef", "show", "wide_gap"), (0, 1e9))
+          "no_eos_score": (-1e9, 1e9), "clip": (0, math.inf), "update_kl": (0, math.inf)}
+LIMITS |= dict.fromkeys(("lr", "critic_lr", "weight_decay", "save_every", "kl_coef", "kl_target", "ptx_coef",
+                         "show", "wide_gap"), (0, 1e9))
 
 
 def check_numbers(cfg):

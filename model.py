@@ -195,9 +195,9 @@ def onednn_takes(x):
 def packed(model):
     """While it lasts, each `Linear` of the model reads a copy of its weights in the order oneDNN wants them.
 
-    With few rows, as in generation, a product takes a third of the time or less on AMD, two thirds on Intel, where
-    small ones gain nothing; (16 x 768) @ (768 x 50257): 17 ms by MKL and 4 ms so on AMD, 11.5 and 7.8 on Intel.
-    The copies cost as much memory again and are gone afterwards.
+    With few rows, as in generation, a product takes a third of the time or less on AMD, two thirds on Intel,
+    where small ones gain nothing; (16 x 768) @ (768 x 50257): 17 ms by MKL and 4 ms so on AMD, 11.5 and 7.8
+    on Intel. The copies cost as much memory again and are gone afterwards.
     """
     layers = [x for x in model.modules() if isinstance(x, Linear) and onednn_takes(x.weight)
               and (ON_AMD or x.weight.numel() > 2**17)]

@@ -293,7 +293,8 @@ def import_function(name):
     """The function in "FILE.py:FUNCTION". This runs the code in that file."""
     path, _, function = name.rpartition(":")
     if not (Path(path).is_file() and path.endswith(".py")):
-        raise UserError(f"--reward {name}: there is no file {path!r} that ends in .py; it takes FILE.py:FUNCTION")
+        raise UserError(f"--reward {name}: there is no file {path!r} that ends in .py; it takes "
+                        "FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

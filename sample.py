@@ -76,8 +76,8 @@ def check(args):
         raise UserError("--best-of needs a reward model: --reward out/rm.pt")
     if not (1 <= args.n <= 10**6 and args.max_new_tokens >= 1 and 0 <= args.best_of <= 10**6
             and 0 <= args.seed < 2**63):
-        raise UserError("--n and --max-new-tokens start at 1, --best-of and --seed at 0; --n and --best-of end "
-                        "at 1000000")
+        raise UserError("--n and --max-new-tokens start at 1, --best-of and --seed at 0; --n and --best-of "
+                        "end at 1000000")
     if args.temperature and not 1e-3 <= args.temperature <= 1e3:  # not: for nan
         raise UserError("--temperature is 0, or lies between 0.001 and 1000")
     k, p = args.top_k, args.top_p

@@ -249,7 +249,8 @@ def main(argv=None):
 
     def make(target, choice):
         build(args.source or download(URL, target.parent / ARCHIVE, read_source), target, choice, args.half)
-    return finish(make, args.to, "all sentences" if args.half is None else f"half {args.half} of the sentences")
+    choice = "all sentences" if args.half is None else f"half {args.half} of the sentences"
+    return finish(make, args.to, choice)
 
 
 if __name__ == "__main__":
