@@ -294,7 +294,8 @@ def make(folder=FOLDER, seed=0):
                     file.write(json.dumps(_line(rng, name, prompt, asked)) + "\n")
         os.replace(beside, folder)
     except OSError as error:
-        raise UserError(f"the stories can't be written to {folder}: {error.strerror}") from None
+        if not folder.exists():  # else another process was faster, with the same lines
+            raise UserError(f"the stories can't be written to {folder}: {error.strerror}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     print(f"made the stories data in {folder}")

@@ -262,6 +262,19 @@ def test_what_could_not_be_written_leaves_nothing(tmp_path, monkeypatch, error):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_processes_may_make_the_stories_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(stories, "SIZES", SMALL)
+    replace = os.replace
+
+    def second(beside, folder):  # the other one gets there first, in the last moment
+        folder.mkdir()
+        (folder / "sft.jsonl").write_text("the other's")
+        replace(beside, folder)
+    monkeypatch.setattr(stories.os, "replace", second)
+    assert (stories.make(tmp_path / "new") / "sft.jsonl").read_text() == "the other's"
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+
+
 def test_stories_is_the_name_of_the_built_in_data(folder, monkeypatch):
     monkeypatch.setattr(stories, "make", lambda: folder)
     assert open_data("stories") == (folder, stories)
