@@ -9,29 +9,33 @@ import sys
 
 import torch
 
-from common import UserError, load, load_tokenizer, pad, pick_device
-from model import GPT, RewardModel
+from data.examples import encode_prompt, pad
+from data.files import UserError
+from lib.common import load, load_tokenizer, pick_device
+from lib.fast import prepare
+from lib.generate import generate
+from lib.rewards import load_reward_model
+from model import GPT
 
 
 @torch.inference_mode()
 def respond(gpt, tokenizer, prompt, args, generator):
     """args.n responses to one prompt: tokens (n,T), lengths (n,), prompt length P."""
-    row = tokenizer.encode(prompt) or [tokenizer.eos]
+    row = encode_prompt(prompt, tokenizer)
     room = gpt.config.block_size - len(row)
     if room < 1:
         raise UserError(f"the prompt has {len(row)} tokens, and the model takes "
                         f"{gpt.config.block_size} with the response")
     tokens, lengths = pad([row] * (args.best_of or args.n), gpt.lm_head.weight.device)
-    tokens, lengths = gpt.generate(tokens, lengths, min(room, args.max_new_tokens), args.temperature,
-                                   args.top_k, args.top_p, tokenizer.eos, generator)
+    tokens, lengths = generate(gpt, tokens, lengths, min(room, args.max_new_tokens), args.temperature,
+                               args.top_k, args.top_p, tokenizer.eos, generator)
     return tokens, lengths, len(row)
 
 
 def score(rm, tokens, lengths):
-    """(n,) scores; a response that leaves no room for the reward token is cut by one."""
-    room = rm.config.block_size - (rm.pool == "token")
+    """(n,) scores; a response that leaves no room for the reward token is truncated by one token."""
     with torch.inference_mode():
-        return rm.score(tokens[:, :room], lengths.clamp(max=room))
+        return rm.score(tokens[:, : rm.room], lengths.clamp(max=rm.room))
 
 
 def answer(prompt, gpt, rm, tokenizer, args, generator):
@@ -57,9 +61,8 @@ def read_args():
     parser.add_argument("--reward", help="reward model that scores each response, e.g. out/rm.pt")
     parser.add_argument("--n", type=int, default=3, help="responses to print (default %(default)s)")
     parser.add_argument("--best-of", type=int, default=0,
-                        help="sample so many, print the one with the best score")
-    parser.add_argument("--temperature", type=float, default=1.0,
-                        help="0: always the likeliest token (default 1)")
+                        help="sample this many, print the one with the best score")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 = greedy (default 1)")
     parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens only")
     parser.add_argument("--top-p", type=float,
                         help="sample from the likeliest tokens that make up this probability")
@@ -79,10 +82,10 @@ def check(args):
         raise UserError("--n and --max-new-tokens start at 1, --best-of and --seed at 0; --n and --best-of "
                         "end at 1000000")
     if args.temperature and not 1e-3 <= args.temperature <= 1e3:  # not: for nan
-        raise UserError("--temperature is 0, or lies between 0.001 and 1000")
+        raise UserError("--temperature must be 0, or between 0.001 and 1000")
     k, p = args.top_k, args.top_p
     if (k is not None and k < 1) or (p is not None and not 0 < p <= 1):
-        raise UserError("--top-k starts at 1, and --top-p lies above 0 and up to 1")
+        raise UserError("--top-k starts at 1, and --top-p must be above 0 and at most 1")
 
 
 def prompts(args):
@@ -97,13 +100,10 @@ def prompts(args):
 def main(args):
     check(args)
     device = pick_device(args.device)
-    gpt, tokenizer, rm = load(GPT, args.ckpt).to(device), load_tokenizer(args.ckpt), None
+    gpt, tokenizer, rm = load(GPT, args.ckpt), load_tokenizer(args.ckpt), None
     if args.reward:
-        rm = load(RewardModel, args.reward).to(device)
-        if load_tokenizer(args.reward).spec() != tokenizer.spec():
-            raise UserError(f"{args.reward} was trained with another tokenizer than {args.ckpt}")
-        if rm.config.block_size < gpt.config.block_size:
-            raise UserError(f"{args.reward} was trained for shorter texts than {args.ckpt}")
+        rm = prepare(load_reward_model(args.reward, gpt, tokenizer), device)
+    prepare(gpt, device)
     generator = torch.Generator(device).manual_seed(args.seed)
     for prompt in prompts(args):
         answer(prompt, gpt, rm, tokenizer, args, generator)

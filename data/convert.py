@@ -1,24 +1,25 @@
-"""Convert: what reviews, hh and tldr share. Lines of a source in, a folder of JSONL files out.
+"""Convert: what reviews, hh and tldr share: lines of a source in, a folder of JSONL files out.
 
-Nothing is lost silently: what a source holds and a data set does not is counted by reason.
+Nothing is lost silently: every example that is dropped is counted by reason.
 """
+import argparse
 import gzip
 import json
 import os
 import re
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 
-from data.records import UserError, json_object
+from data.files import UserError, atomic_folder, json_object
 
 CHOICE = "made_from.txt"
 FILES = [name + side for name in ("sft", "preferences", "prompts") for side in (".jsonl", "_val.jsonl")]
+COLUMNS = {"sft": ("prompt", "completion"), "preferences": ("prompt", "chosen", "rejected")}
 
 
-class LeftOut:
-    """Counts what is left out by reason, and keeps the place of the first."""
+class Dropped:
+    """Counts dropped examples by reason, with the place of the first."""
 
     def __init__(self):
         self.reasons = {}
@@ -29,12 +30,14 @@ class LeftOut:
 
     def report(self):
         for reason, (count, first) in sorted(self.reasons.items(), key=lambda item: -item[1][0]):
-            print(f"left out: {count}, {reason} (the first: {first})")
+            print(f"dropped {count}: {reason} (first: {first})")
 
 
 def lines(path, packed=None):
-    """(file:line, bytes) of a .gz or plain file (packed: which; default: by its name). UserError: not
-    there, empty, damaged, cut off."""
+    """(file:line, bytes) of each non-blank line; packed: is it gzip? (default: by its name).
+
+    UserError: missing, empty, corrupt, truncated.
+    """
     number = 0
     try:
         with (gzip.open if packed or packed is None and path.suffix == ".gz" else open)(path, "rb") as file:
@@ -42,76 +45,100 @@ def lines(path, packed=None):
                 if line.strip():
                     yield f"{path}:{number}", line
     except EOFError as error:
-        raise UserError(f"{path} ends too early: it is not a whole .gz file") from error
+        raise UserError(f"{path} is a truncated .gz file") from error
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a .gz file, or is damaged ({error})") from error
+        raise UserError(f"{path} is not a .gz file, or is corrupt ({error})") from error
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error})") from error
+        raise UserError(f"can't read {path} ({error.strerror or error})") from error
     if not number:
         raise UserError(f"{path} is empty")
 
 
-def examples(path, parse, left_out, packed=None):
-    """(file:line, parse(object)) of each line; where UserError is raised the line is left out."""
+def examples(path, parse, dropped, packed=None):
+    """(file:line, parse(object)) of each line; a line that raises UserError is dropped."""
     for place, line in lines(path, packed):
         try:
             example = parse(json_object(line))
         except UserError as error:
-            left_out.add(re.sub(r" at byte.*|:.*", "", str(error)), place)
+            dropped.add(re.sub(r" at byte.*|:.*", "", str(error)), place)
         else:
             yield place, example
 
 
 def check_lines(packed):
-    """For `download`: a function of what has come, which must be whole and hold JSON objects."""
+    """The `check` of a download that must be intact and hold JSON objects."""
     def check(path):
-        if not any([True for _ in examples(path, dict, LeftOut(), packed)]):  # a list: read to the end
-            raise UserError(f"{path} holds no JSON object")
+        if not any([True for _ in examples(path, dict, Dropped(), packed)]):  # a list: reads to the end
+            raise UserError(f"{path} contains no JSON objects")
     return check
 
 
+def drop_held_out(found, held_out, reason, dropped):
+    """{example: place} -> the examples for which held_out(prompt) is false; the others are counted."""
+    kept = []
+    for example, place in found.items():
+        if held_out(example[0]):
+            dropped.add(reason, place)
+        else:
+            kept.append(example)
+    return kept
+
+
+def objects(kind, tuples):
+    """Tuples -> the JSON objects of a file of this kind, "sft" or "preferences"."""
+    return [dict(zip(COLUMNS[kind], example, strict=True)) for example in tuples]
+
+
+def prompt_objects(tuples):
+    """The prompts of the tuples, each once, as JSON objects."""
+    return [{"prompt": prompt} for prompt in dict.fromkeys(prompt for prompt, *_ in tuples)]
+
+
 def is_complete(target, choice):
-    """Is the data set there already? UserError: something else is, or it was made by another choice."""
+    """Whether the data set exists. UserError: something else does, or it was made with another choice."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     if not all((target / name).is_file() for name in FILES):
-        raise UserError(f"{target} exists and is not this data set, or not all of it; move it or give "
+        raise UserError(f"{target} exists and is not this data set, or is incomplete; move it or give "
                         "another --to")
     made = (target / CHOICE).read_text(encoding="utf-8") if (target / CHOICE).exists() else choice
     if made != choice:
-        raise UserError(f"{target} was made from {made}, and not from {choice}; move it or give another --to")
+        raise UserError(f"{target} was made from {made}, not from {choice}; move it or give another --to")
     return True
 
 
 def write(target, files, choice):
-    """Write name -> objects in a folder beside target that takes its place when whole; it holds, too, by
-    what `choice` it was made."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
-        folder = type(target)(beside) / target.name
-        folder.mkdir()
-        for name, objects in files.items():
-            lines = [json.dumps(o, ensure_ascii=False) + "\n" for o in objects]
-            (folder / name).write_text("".join(lines), encoding="utf-8", newline="\n")
-            print(f"{target / name}: {len(lines)} lines")
-        (folder / CHOICE).write_text(choice, encoding="utf-8")
-        folder.replace(target)
+    """Write {name: objects} and the `choice` they were made with as a new folder, atomically."""
+    with atomic_folder(target) as part:
+        for name, rows in files.items():
+            texts = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            (part / name).write_text("".join(texts), encoding="utf-8", newline="\n")
+            print(f"{target / name}: {len(texts)} lines")
+        (part / CHOICE).write_text(choice, encoding="utf-8")
+
+
+def flags(doc, target, **source):
+    """A parser with --from, as `source` says, and --to; its description is the first line of `doc`."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--from", dest="source", type=Path, **source)
+    parser.add_argument("--to", type=Path, default=target, help="default: %(default)s")
+    return parser
 
 
 def finish(make, target, choice):
-    """make(target, choice) unless that is complete. The exit code; a mistake is one sentence on stderr."""
+    """make(target, choice) unless target is complete. Returns the exit code; user errors are one sentence."""
     try:
         target = Path(os.path.realpath(target))
         if is_complete(target, choice):
-            print(f"{target} is complete already: nothing to do")
+            print(f"{target} is already complete: nothing to do")
         else:
             make(target, choice)
         return 0
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with what was downloaded", file=sys.stderr)
+        print("stopped; rerun the same command to resume the download", file=sys.stderr)
         return 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: cannot write {target} ({error.strerror or error})", file=sys.stderr)
+        print(f"error: can't write {target} ({error.strerror or error})", file=sys.stderr)
     return 1

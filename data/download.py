@@ -1,7 +1,7 @@
-"""Download: a file from the network, there whole or not at all; what broke off goes on the next time.
+"""Resumable, atomic downloads.
 
-NAME.part holds what has come so far and NAME.part.tag the ETag (or date) it belongs to: a file that
-has changed on the server since then starts anew (RFC 9110, sections 13.1.5 and 14).
+NAME.part holds the bytes received so far and NAME.part.tag their ETag (or date): if the file has changed
+on the server since, the download starts over (RFC 9110, sections 13.1.5 and 14).
 """
 import http.client
 import re
@@ -10,64 +10,63 @@ import time
 import urllib.error
 import urllib.request
 
-from data.records import UserError
+from data.files import UserError
 
 
 def download(url, path, check, otherwise="fetch it by hand and use --from"):
-    """url -> path, unless it is there; returns path. check(file) raises UserError where what has come is
-    not whole or something else (a login page, say). UserError: that, or no network (it says what to do
-    `otherwise`)."""
+    """Download url to path unless path exists; returns path. check(file) raises UserError if the file is
+    corrupt or not what was expected (a login page, say). UserError: that, or no network; the message ends
+    with what to do `otherwise`."""
     if path.exists():
         return path
     part, tag = (path.with_name(path.name + end) for end in (".part", ".part.tag"))
     try:
         fetch(url, part, tag)
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: sent to no address
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a redirect to a bad URL
         code = f"HTTP {error.code} " if isinstance(error, urllib.error.HTTPError) else ""
         why = code + " ".join(str(getattr(error, "reason", error)).split())
-        kept = "what has come is kept and the same command goes on, or " * bool(held(part, tag))
-        raise UserError(f"cannot download {url} ({why}); {kept}{otherwise}") from error
+        kept = "the part received is kept: rerun the same command to resume, or " * bool(held(part, tag))
+        raise UserError(f"can't download {url} ({why}); {kept}{otherwise}") from error
     try:
         check(part)
     except UserError as error:
         part.unlink(), tag.unlink(missing_ok=True)
-        raise UserError(f"{url} is not the file that was expected, and was deleted again ({error}); "
-                        f"{otherwise}") from error
+        raise UserError(f"{url} is not the expected file and was deleted ({error}); {otherwise}") from error
     part.replace(path)
     tag.unlink(missing_ok=True)
     return path
 
 
 def held(part, tag):
-    """The tag of what has come so far; "" where there is nothing that can be gone on with."""
+    """The tag of the part received so far; "" if there is nothing to resume."""
     return tag.read_text("latin-1") if tag.exists() and part.exists() and part.stat().st_size else ""
 
 
 def fetch(url, part, tag):
-    """The rest of url, or all of it, into part. Raises OSError, HTTPException: it is not whole."""
+    """Download the rest of url, or all of it, into part. OSError, HTTPException: it is incomplete."""
     known = held(part, tag)
     have = part.stat().st_size if known else 0
     headers = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
     try:
         reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:  # 416: the file has no such rest
+        if error.code != 416 or not have:  # 416: nothing left to send
             raise
         reply = error
     with reply:
         span = re.match(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range") or "")
         fits = span and int(span[1]) == have and validator(reply.headers) == known
         if reply.status == 206 and not have:
-            raise OSError("the server sends a part, which nobody asked for")
+            raise OSError("the server sent a partial reply to a full request")
         if reply.status == 416 and reply.headers.get("Content-Range") == f"bytes */{have}":
-            return  # it was whole, and only not looked at yet
+            return  # it was complete, just not checked yet
         if reply.status == 416 or reply.status == 206 and not fits:
             part.unlink()
             return fetch(url, part, tag)
         total = span[2] if reply.status == 206 else reply.headers.get("Content-Length") or ""
         total = int(total) if total.isdigit() else None
         part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "ab" if reply.status == 206 else "wb") as file:  # "wb": empty, then another tag
+        with open(part, "ab" if reply.status == 206 else "wb") as file:  # wb: empty before the tag changes
             tag.write_text(validator(reply.headers), "latin-1")
             receive(reply, file, part.stem, total)
     if total not in (None, part.stat().st_size):
@@ -75,13 +74,13 @@ def fetch(url, part, tag):
 
 
 def validator(headers):
-    """What If-Range may name: a strong ETag, else the date of the last change, else nothing."""
+    """The value for If-Range: a strong ETag, else the Last-Modified date, else ""."""
     etag = headers.get("ETag") or "W/"
     return (headers.get("Last-Modified") or "") if etag.startswith("W/") else etag
 
 
 def receive(reply, file, name, total):
-    """Append the reply and say how far it is: in one line on a terminal, else a line every 10 s."""
+    """Append the reply to file and show progress: one updating line on a terminal, else a line every 10 s."""
     start, end, pause = ("\r", "", 0.2) if sys.stderr.isatty() else ("", "\n", 10)
     said, whole = time.monotonic(), "" if total is None else f" of {total >> 10}"
 

@@ -1,12 +1,12 @@
-"""Stories: a small world whose truth is known. Makes the default data set; no download, 3 seconds.
+"""Stories: a small synthetic world with a known true score. The default data set; no download, 3 seconds.
 
-    python -m data.stories          # writes data/files/stories/*.jsonl (the scripts do it by themselves)
+    python -m data.stories          # writes data/files/stories/*.jsonl (the scripts do it themselves)
 
 A prompt asks for a story with given parts: "Tell a story about a fox and a lantern." The
-demonstrations are of mixed quality, as human ones are: about half leave out or swap something that
-was asked for, many ramble, many end badly. `gold_score` knows how good a story really is; a rater
-who compares two stories prefers one by a coin weighted with the gold gap (Bradley & Terry 1952), so
-the best accuracy that any reward model can reach on those comparisons is known, too.
+demonstrations vary in quality, as human ones do: about half omit or swap something the prompt asked
+for, many ramble, many end badly. `gold_score` is a story's true score. A simulated rater prefers one of
+two stories with a probability set by their gap in gold (Bradley & Terry 1952), so the best accuracy that
+any reward model can reach on those comparisons is known, too.
 """
 import itertools
 import json
@@ -14,15 +14,14 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 from pathlib import Path
 
-from data.records import UserError
+from data.files import UserError, atomic_folder
 
 FOLDER = Path(__file__).parent / "files" / "stories"
 BEST = 1.0  # gold of a perfect story
-SHARPNESS = 10.0  # logits of preference for each unit of gold: a gap of 0.3 is chosen 95% of the time
+SHARPNESS = 10.0  # preference logit per unit of gold: a gap of 0.3 wins 95% of the time
 SIZES = {"sft": 6000, "sft_val": 400, "preferences": 36000, "preferences_val": 2000,
          "prompts": 4000, "prompts_val": 256}
 
@@ -95,7 +94,7 @@ ASKS = ["Tell a story about {}.", "Write a short story with {}.", "Please tell m
 
 
 def _pattern(templates):
-    """One regular expression for all sentences that the templates can make."""
+    """One regular expression that matches every sentence the templates can produce."""
     sentences = []
     for template in templates:
         literal = re.sub(r"\b([Aa])\\ (?=\\\{)", r"\1n?\\ ", re.escape(template))
@@ -107,15 +106,15 @@ OPENING, MIDDLE = _pattern(OPENINGS), _pattern(MIDDLES)
 HAPPY_END, END = _pattern(HAPPY), _pattern(HAPPY + SAD)
 
 
-# ---- the truth ----
+# ---- the true score ----
 
 def gold_score(prompt, response):
-    """How good a story is, from 0 to 1 (best): gold = valid^3 x (0.6 parts + 0.2 ending + 0.2 length).
+    """A story's true score, from 0 to 1 (best): gold = valid^3 x (0.6 parts + 0.2 ending + 0.2 length).
 
-    valid: share of its sentences that are sentences of this world, each in its place (an opening
-    first, an ending last, middles between) and not told before; a missing ending counts as one that
-    is not. parts: share of the things asked for that occur in valid sentences. ending: 1 if it ends
-    well. length: 1 for 3 or 4 sentences, 0 for more or fewer. Gibberish gets 0.
+    valid: the fraction of its sentences that fit a template of this world in the right position (opening
+    first, ending last, middles between) and are not repeats; a missing ending counts as an invalid
+    sentence. parts: the fraction of the requested parts that occur in valid sentences. ending: 1 if it
+    ends well. length: 1 for 3 or 4 sentences, else 0. Gibberish scores 0.
     """
     sentences = split_sentences(response)
     if not sentences:
@@ -135,18 +134,18 @@ def gold_score(prompt, response):
 
 
 def asked_for(prompt):
-    """The parts of the world that a prompt names, e.g. ["fox", "lantern"]."""
+    """The parts that a prompt asks for, e.g. ["fox", "lantern"]."""
     return [word for word in re.findall(r"\w+", prompt) if word in HEROES + THINGS]
 
 
 def split_sentences(text):
-    """A story's sentences; what follows the last full stop counts as one, and can't be valid."""
+    """A story's sentences; text after the last full stop counts as a sentence, never a valid one."""
     found = re.findall(r'"[^"]*"[^.!?"]*[.!?]|[^.!?"]+[.!?]|\S[^.!?]*', text)
     return [s.strip() for s in found if s.strip()]
 
 
 def ceiling(prompt, better, worse):
-    """Probability that the rater agrees with the gold order: the best accuracy possible on this pair."""
+    """Probability that the rater agrees with the gold order: the best possible accuracy on this pair."""
     return 1 / (1 + math.exp(-SHARPNESS * abs(gold_score(prompt, better) - gold_score(prompt, worse))))
 
 
@@ -157,72 +156,72 @@ def a(word):
 
 
 def make_prompt(rng, hero, thing):
-    """A prompt for hero and thing, and the parts it asks for by name."""
+    """A prompt for hero and thing, and the parts it asks for: (text, {"hero": ..., "thing": ...})."""
     return rng.choice(ASKS).format(f"{a(hero)} and {a(thing)}"), {"hero": hero, "thing": thing}
 
 
 def fill(rng, template, parts):
-    """A sentence: the story's own parts, other words by chance; "a" becomes "an" where it must."""
+    """A template -> a sentence: the story's own parts, random other words, "a" or "an" as needed."""
     text = re.sub(r"\{(\w+)\}", lambda m: parts.get(m[1]) or rng.choice(WORDS[m[1]]), template)
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
 def tell(rng, asked, flaws):
-    """A story as sentences. flaws, any of: "swap" (hero or thing is another than was asked for), "drop"
+    """A story as a list of sentences. Flaws, any of: "swap" (a hero or thing that was not asked for), "drop"
     (the thing does not occur), "sad" (ends badly), "ramble" (too long), "stub" (nothing between
-    beginning and end)."""
+    opening and ending)."""
     parts = dict(asked, place=rng.choice(WORDS["place"]), friend=rng.choice(WORDS["friend"]))
     if "swap" in flaws:
         part = rng.choice(list(asked))
         parts[part] = rng.choice([word for word in WORDS[part] if word != asked[part]])
     count = 0 if "stub" in flaws else rng.randint(3, 5) if "ramble" in flaws else rng.randint(1, 2)
-    while True:  # draw until the thing occurs, or does not, as it should
+    while True:  # redraw until the thing occurs, or is absent, as the flaws say
         templates = [rng.choice(OPENINGS), *rng.sample(MIDDLES, count),
                      rng.choice(SAD if "sad" in flaws else HAPPY)]
         if "stub" in flaws or ("{thing}" in " ".join(templates)) == ("drop" not in flaws):
             return [fill(rng, template, parts) for template in templates]
 
 
-CAREFUL = {"swap": 0.05, "drop": 0.05, "sad": 0.2, "ramble": 0.25}  # chance of flaws, one writer in four
-CARELESS = {"swap": 0.6, "drop": 0.35, "sad": 0.9, "ramble": 0.8}  # who swaps or drops also ends badly
+CAREFUL = {"swap": 0.05, "drop": 0.05, "sad": 0.2, "ramble": 0.25}  # chance of each flaw; one writer in four
+CARELESS = {"swap": 0.6, "drop": 0.35, "sad": 0.9, "ramble": 0.8}  # swaps and drops come with bad endings
 
 
 def demonstration(rng, asked):
-    """What somebody wrote when asked: often with something wrong."""
+    """A demonstration as a human might write it: often flawed."""
     chances = CAREFUL if rng.random() < 0.25 else CARELESS
     flaws = {flaw for flaw, chance in chances.items() if rng.random() < chance}
     return " ".join(tell(rng, asked, flaws))
 
 
 def broken(rng, asked, story):
-    """What no one would hand in, but a policy may find: a reward model must have seen it. Made from a
-    story, a list of sentences; may come out unbroken by chance."""
+    """A corrupted story (a list of sentences -> text), as no human would write but a policy may generate: the
+    reward model must see such texts, or it invites reward hacking. By chance it may come out intact."""
     words = " ".join(story).split()
     kind = rng.randrange(8)
-    if kind == 0:  # cut off
+    if kind == 0:  # truncated
         return " ".join(words[: rng.randint(3, len(words) - 1)])
-    if kind == 1:  # one sentence again and again
+    if kind == 1:  # one sentence repeated
         i = rng.randrange(len(story))
         return " ".join(story[: i + 1] + [story[i]] * rng.randint(1, 3) + story[i + 1 :])
-    if kind == 2:  # words in a wrong order
+    if kind == 2:  # words shuffled
         i = rng.randrange(len(words) - 5)
         j = min(len(words), i + rng.randint(5, 20))
         return " ".join(words[:i] + rng.sample(words[i:j], j - i) + words[j:])
-    if kind == 3:  # words left out
+    if kind == 3:  # words dropped
         return " ".join(w for w in words if rng.random() > 0.3)
-    if kind == 4:  # wrong words
+    if kind == 4:  # words replaced
         return " ".join(rng.choice(words + HEROES + THINGS) if rng.random() < 0.3 else w for w in words)
     if kind == 5:  # too short, with the right ending
         return " ".join(tell(rng, asked, {"stub"})[rng.randrange(2) :])
-    if kind == 6:  # sentences in a wrong order, or several endings
+    if kind == 6:  # sentences shuffled, or several endings
         extra = [fill(rng, t, asked) for t in rng.sample(HAPPY, rng.randrange(3))]
         return " ".join(rng.sample(story, len(story)) if not extra else story + extra)
-    i = rng.randrange(1, len(story))  # a sentence left out, mostly the ending
+    i = rng.randrange(1, len(story))  # a sentence dropped, usually the ending
     return " ".join(story[:-1] if rng.random() < 0.6 else story[:i] + story[i + 1 :])
 
 
 def twin(rng, asked, story):
-    """The same story about something not asked for: only reading the prompt tells them apart."""
+    """The same story about something the prompt did not ask for: only the prompt tells the two apart."""
     part = rng.choice(list(asked))
     other = rng.choice([word for word in WORDS[part] if word != asked[part]])
     story = re.sub(rf"\b{asked[part]}\b", other, story)
@@ -230,7 +229,7 @@ def twin(rng, asked, story):
 
 
 def twins(rng, asked):
-    """Two stories that differ in one thing that was asked for, and in nothing else."""
+    """Two stories that differ only in one of the requested parts."""
     while True:
         story = " ".join(tell(rng, asked, {"sad"} if rng.random() < 0.4 else set()))
         if (other := twin(rng, asked, story)) != story:
@@ -238,7 +237,7 @@ def twins(rng, asked):
 
 
 def damaged(rng, asked):
-    """A story in broken form, and what it must lose against: itself, or one with ordinary flaws."""
+    """A corrupted story, and what it should lose to: the intact story, or one with ordinary flaws."""
     while True:
         story = tell(rng, asked, {"sad"} if rng.random() < 0.4 else set())
         whole = " ".join(story) if rng.random() < 0.5 else demonstration(rng, asked)
@@ -247,8 +246,8 @@ def damaged(rng, asked):
 
 
 def responses(rng, asked, count):
-    """Different stories for one prompt, good and ordinary; in half of the cases one is broken, and some
-    are twins."""
+    """`count` different stories for one prompt, good and ordinary; half of the time one is corrupted, and
+    some are twins."""
     made = []
     if rng.random() < 0.5:
         flaws = {flaw for flaw in ("swap", "sad", "ramble") if rng.random() < 0.3}
@@ -265,48 +264,50 @@ def responses(rng, asked, count):
 
 
 def rank(rng, prompt, stories):
-    """The rater's order, best first: gold plus Gumbel noise, so that any two of them are a Bradley-Terry
+    """The rater's order, best first: gold plus Gumbel noise, so that any two stories are a Bradley-Terry
     comparison with SHARPNESS x gold as logits (Plackett 1975; Luce 1959)."""
     noisy = {s: SHARPNESS * gold_score(prompt, s) - math.log(-math.log(rng.random())) for s in stories}
     return sorted(stories, key=noisy.__getitem__, reverse=True)
 
 
 def make(folder=FOLDER, seed=0):
-    """Write the data set unless it is there; returns its folder. Heroes and things meet in a prompt of
-    validation that never meet in one of training."""
+    """Write the data set unless `folder` exists; returns the folder. UserError: it can't be written."""
     if folder.exists():
         if os.path.getmtime(__file__) > os.path.getmtime(folder):
-            print(f"data/stories.py is newer than {folder}, which stays as it is: delete it to make it anew")
+            print(f"data/stories.py is newer than {folder}; delete the folder to regenerate it")
         return folder
-    rng = random.Random(seed)
+    try:
+        with atomic_folder(folder) as part:
+            for name, lines in _data_set(random.Random(seed)):
+                with open(part / f"{name}.jsonl", "w") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+    except OSError as error:
+        if not folder.exists():  # else another process was first, with the same lines
+            raise UserError(f"can't write the stories to {folder}: {error.strerror}") from None
+    print(f"wrote the stories data set to {folder}")
+    return folder
+
+
+def _data_set(rng):
+    """(name, generator of lines) of each file; consume each before the next, for they share rng.
+
+    The pairs of hero and thing in the validation prompts are held out: no training prompt has them.
+    """
     pairs = list(itertools.product(HEROES, THINGS))
     rng.shuffle(pairs)
-    pairs.sort(key=("fox", "lantern").__ne__)  # README's prompt is one of the held-out ones
+    pairs.sort(key=("fox", "lantern").__ne__)  # the README's prompt is held out
     held_out = len(pairs) // 10
-    beside = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    try:
-        beside.mkdir(parents=True)
-        for name, size in SIZES.items():
-            pool = pairs[:held_out] if name.endswith("_val") else pairs[held_out:]
-            with open(beside / f"{name}.jsonl", "w") as file:
-                for _ in range(size):
-                    prompt, asked = make_prompt(rng, *rng.choice(pool))
-                    file.write(json.dumps(_line(rng, name, prompt, asked)) + "\n")
-        os.replace(beside, folder)
-    except OSError as error:
-        if not folder.exists():  # else another process was faster, with the same lines
-            raise UserError(f"the stories can't be written to {folder}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    print(f"made the stories data in {folder}")
-    return folder
+    for name, size in SIZES.items():
+        pool = pairs[:held_out] if name.endswith("_val") else pairs[held_out:]
+        prompts = (make_prompt(rng, *rng.choice(pool)) for _ in range(size))
+        yield name, (_line(rng, name, prompt, asked) for prompt, asked in prompts)
 
 
 def _line(rng, name, prompt, asked):
     if name.startswith("sft"):
         return {"prompt": prompt, "completion": " " + demonstration(rng, asked)}
     if name.startswith("preferences"):
-        # rankings alone did not teach that the prompt matters, nor that the order of words does
+        # rankings alone did not teach that the prompt and the word order matter
         draw = rng.random()
         stories = (twins(rng, asked) if draw < 0.55 else damaged(rng, asked) if draw < 0.75
                    else responses(rng, asked, 4))

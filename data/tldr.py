@@ -1,7 +1,7 @@
-"""TL;DR: Reddit posts, their writers' summaries and people's choices between two, as JSONL files.
+"""TL;DR: Reddit posts, their authors' summaries and human choices between two summaries, as JSONL files.
 
-    python -m data.tldr                                # downloads the source
-    python -m data.tldr --from FILE [FILE ...] --to DIR   # files that are here, or a folder of them
+    python -m data.tldr                                   # downloads the source
+    python -m data.tldr --from FILE [FILE ...] --to DIR   # local files, or a folder of them
 
 Source: N. Stiennon et al. (2020), "Learning to summarize from human feedback", arXiv 2009.01325; posts
 from M. Völske et al. (2017), "TL;DR: Mining Reddit to Learn Automatic Summarization".
@@ -10,19 +10,30 @@ from M. Völske et al. (2017), "TL;DR: Mining Reddit to Learn Automatic Summariz
     batch3.json to 10          {"info": {"subreddit", "title", "post"}, "summaries": [{"text"}, {"text"}],
                                "choice": 0 or 1, "split": "train", "valid1" or "valid2"}, one a line
 
-sft: prompt -> the writer's summary; prompts: each once; preferences: the two summaries. The _val twins
-are of valid.jsonl and of valid1 and valid2. A post that is in any of these is dropped from training,
-so that what is held out stays as its makers drew it. Comparisons of news articles are left out. What
-the given files are not enough for is not made.
+sft: prompt -> the author's summary; prompts: each once; preferences: the two summaries. The _val files
+come from valid.jsonl and from valid1 and valid2. Posts in any of these are dropped from training, so the
+held-out sets stay as published. Comparisons of news articles are dropped. Files for which the source has
+no examples are not made.
 """
-import argparse
 import re
 import sys
 from pathlib import Path
 
-from data.convert import FILES, LeftOut, check_lines, examples, finish, write
+from data.convert import (
+    FILES,
+    Dropped,
+    check_lines,
+    drop_held_out,
+    examples,
+    finish,
+    flags,
+    objects,
+    prompt_objects,
+    write,
+)
 from data.download import download
-from data.records import UserError, text_of
+from data.files import UserError
+from data.records import text_of
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 SOURCE = [f"datasets/tldr_3_filtered/{side}.jsonl" for side in ("train", "valid")] + [
@@ -32,7 +43,7 @@ SIDES = {"train": ".jsonl", "valid": "_val.jsonl", "valid1": "_val.jsonl", "vali
 
 
 def prompt_of(row):
-    """The question to a post, in the form of the paper. UserError: something is missing."""
+    """A post as a prompt, in the paper's format. UserError: a column is missing, or the post is empty."""
     subreddit, title, post = (text_of(row, column).strip() for column in ("subreddit", "title", "post"))
     if not post:
         raise UserError("the post is empty")
@@ -40,11 +51,12 @@ def prompt_of(row):
 
 
 def post_of(prompt):
-    """Two posts with the same text below the title are one; case and spaces do not count."""
+    """A post's key: the text below the title, ignoring case and spacing."""
     return " ".join(prompt.split("\n\nPOST: ", 1)[1].casefold().split())
 
 
 def summary_of(row, column):
+    """A summary as a completion. UserError: missing or empty."""
     summary = text_of(row, column).strip()
     if not summary:
         raise UserError("a summary is empty")
@@ -52,93 +64,84 @@ def summary_of(row, column):
 
 
 def demonstration(row):
-    """(prompt, completion)"""
+    """An object of train.jsonl or valid.jsonl -> (prompt, completion)."""
     return prompt_of(row), summary_of(row, "summary")
 
 
 def comparison(row):
-    """(split, prompt, chosen, rejected). UserError: it is none of two summaries of a post."""
+    """An object of a batch -> (split, prompt, chosen, rejected). UserError: not a comparison."""
     info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
     if not isinstance(info, dict):
-        raise UserError('"info" is no object')
+        raise UserError('"info" must be an object')
     if "article" in info and "post" not in info:
-        raise UserError("a news article, another kind of source")
+        raise UserError("a news article, not a post")
     if not isinstance(summaries, list) or [type(summary) for summary in summaries] != [dict, dict]:
-        raise UserError('"summaries" is no list of two objects')
+        raise UserError('"summaries" must be a list of two objects')
     if type(choice) is not int or choice not in (0, 1):
-        raise UserError('"choice" is not 0 or 1')
+        raise UserError('"choice" must be 0 or 1')
     if row.get("split") not in ("train", "valid1", "valid2"):
-        raise UserError('"split" is not train, valid1 or valid2')
+        raise UserError('"split" must be train, valid1 or valid2')
     texts = [summary_of(summary, "text") for summary in summaries]
     if texts[0] == texts[1]:
-        raise UserError("the two summaries are the same")
+        raise UserError("the two summaries are identical")
     return row["split"], prompt_of(info), texts[choice], texts[1 - choice]
 
 
-def read(paths, left_out):
-    """{"sft.jsonl": {(prompt, completion): its place}, "preferences_val.jsonl": ..., ...}"""
+def read(paths, dropped):
+    """{"sft.jsonl": {(prompt, completion): place}, "preferences_val.jsonl": ..., ...}"""
     found = {name: {} for name in FILES if not name.startswith("prompts")}
     for path in paths:
         sft = path.suffix == ".jsonl"
-        for place, example in examples(path, demonstration if sft else comparison, left_out):
+        for place, example in examples(path, demonstration if sft else comparison, dropped):
             side, example = (path.stem, example) if sft else (example[0], example[1:])
             if found[("sft" if sft else "preferences") + SIDES[side]].setdefault(example, place) != place:
-                left_out.add("an example that occurs twice", place)
+                dropped.add("duplicate example", place)
     return found
 
 
-def apart(found, left_out):
-    """The examples without those to train on whose post is in a _val file."""
-    held_out = {post_of(prompt) for name in found if "_val" in name for prompt, *_ in found[name]}
-    kept = {}
-    for name, some in found.items():
-        kept[name] = []
-        for example, place in some.items():
-            if "_val" in name or post_of(example[0]) not in held_out:
-                kept[name].append(example)
-            else:
-                left_out.add("to train, but the post is held out", place)
-    return kept
+def apart(found, dropped):
+    """{name: examples}, without training examples whose post is in a _val file."""
+    keys = {post_of(prompt) for name in found if "_val" in name for prompt, *_ in found[name]}
+    return {name: list(some) if "_val" in name else
+            drop_held_out(some, lambda prompt: post_of(prompt) in keys,
+                          "to train, but the post is held out", dropped)
+            for name, some in found.items()}
 
 
 def build(paths, target, choice):
-    """Source files -> JSONL files; prints what was written, left out and not made."""
-    left_out, files = LeftOut(), {}
-    for name, some in apart(read(paths, left_out), left_out).items():
-        columns = ("prompt", "completion") if "sft" in name else ("prompt", "chosen", "rejected")
-        files[name] = [dict(zip(columns, example)) for example in some]
+    """Source files -> JSONL files; prints what was written, dropped and not made. UserError: no example."""
+    dropped, files = Dropped(), {}
+    for name, some in apart(read(paths, dropped), dropped).items():
+        files[name] = objects("sft" if "sft" in name else "preferences", some)
         if "sft" in name:
-            prompts = dict.fromkeys(prompt for prompt, _ in some)
-            files[name.replace("sft", "prompts")] = [{"prompt": prompt} for prompt in prompts]
-    left_out.report()
+            files[name.replace("sft", "prompts")] = prompt_objects(some)
+    dropped.report()
     made = {name: files[name] for name in FILES if files[name]}
     if not made:
         raise UserError(f"no example in {', '.join(map(str, paths))}")
     write(target, made, choice)
-    for name in [name for name in FILES if name not in made]:
-        print(f"{target / name}: not made, there is nothing for it in the source")
+    for name in FILES:
+        if name not in made:
+            print(f"{target / name}: not made, the source has nothing for it")
 
 
 def given(sources):
-    """The files meant by --from. UserError: a file or folder of another kind."""
+    """The files that --from names, or its folders contain. UserError: one is not of the source."""
     paths = []
     for source in sources:
         inside = [source] if not source.is_dir() else sorted(source.rglob("*.json*"))
         found = [path for path in inside if re.fullmatch(r"(train|valid)\.jsonl|.*\.json", path.name)]
         if not found:
-            kind = "holds" if source.is_dir() else "is"
-            raise UserError(f"{source} {kind} no train.jsonl, valid.jsonl or batchN.json")
+            kind = "contains no" if source.is_dir() else "is not"
+            raise UserError(f"{source} {kind} train.jsonl, valid.jsonl or batchN.json")
         paths += found
     return paths
 
 
 def main(argv=None):
-    """The command line; returns the exit code: 0, or 1 after one sentence on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--from", dest="source", type=Path, nargs="+", action="extend",
-                        help="files or a folder; else download")
-    parser.add_argument("--to", type=Path, default=TARGET, help="default: %(default)s")
-    args = parser.parse_args(argv)
+    """The command line. Returns the exit code: 0, or 1 after one sentence on stderr."""
+    args = flags(__doc__, TARGET, nargs="+", action="extend",
+                 help="files or a folder (default: download)").parse_args(argv)
 
     def make(target, choice):
         raw, check = target.with_name(target.name + "_raw"), check_lines(packed=False)

@@ -1,66 +1,66 @@
-"""Text -> ids and back, byte-level, so that any text comes back exactly. The encoder is tiktoken;
-here are the choice of vocabulary, its way into a checkpoint, and the training of a BPE on one's
-own text (Sennrich et al. 2016, arXiv 1508.07909; on bytes as in GPT-2, section 2.2):
+"""Byte-level tokenizers: text -> ids and back, lossless for any text. tiktoken encodes; this file chooses
+the vocabulary, stores it in checkpoints, and trains a BPE on your own text (Sennrich et al. 2016,
+arXiv 1508.07909; on bytes as in GPT-2, section 2.2):
 
     python -m data.tokenizer train --vocab-size 4096 --out my.bpe FILE...   (text, .jsonl, .gz)
 """
 import argparse
 import base64
 import gzip
-import json
 import os
 import sys
 import time
 import zlib
 from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 
 import regex  # for \p{L}; tiktoken itself depends on it
 import tiktoken
 
-from data.records import UserError
+from data.files import UserError, atomic_file, json_object
 
-# GPT-2's split in tiktoken's spelling (openai_public.py, r50k_pat_str): no merge crosses a word's
-# border. Written out, not imported, because a BPE in an old checkpoint means nothing without it.
+# GPT-2's split in tiktoken's spelling (openai_public.py, r50k_pat_str): no merge crosses a word
+# boundary. Copied, not imported, because a BPE in an old checkpoint is meaningless without it.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-LONGEST_BLANK = 300_000  # characters; tiktoken 0.14 encodes such a run and panics at 1,000,000
+LONGEST_BLANK = 300_000  # whitespace characters; tiktoken 0.14 handles this many and panics at 1,000,000
 
 
 class Tokenizer:
-    """A thin wrapper over tiktoken.Encoding. `vocab_size` counts everything, `eos` included."""
+    """A thin wrapper over tiktoken.Encoding. `vocab_size` includes `eos`."""
 
     def __init__(self, name, encoding, bpe=None):
         self.name, self.encoding, self.bpe = name, encoding, bpe
         self.vocab_size, self.eos = encoding.n_vocab, encoding.eot_token
 
     def encode(self, text):
-        """Ids of the text, without eos; text that spells a special token is ordinary text.
+        """Text -> ids, without eos; text that spells a special token is encoded as ordinary text.
 
-        A lone surrogate (JSON can hold one) becomes U+FFFD. UserError: a blank run too long.
+        A lone surrogate (JSON can contain one) becomes U+FFFD. UserError: too much whitespace in a row.
         """
-        if len(text) > LONGEST_BLANK and regex.search(r"\s{%d}" % LONGEST_BLANK, text):
+        if len(text) > LONGEST_BLANK and regex.search(rf"\s{{{LONGEST_BLANK}}}", text):
             raise UserError(f"the text has {LONGEST_BLANK} whitespace characters in a row")
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
-        """Text of the ids without eos; bytes that are no UTF-8 become U+FFFD.
+        """Ids -> text, ignoring eos; invalid UTF-8 becomes U+FFFD.
 
-        UserError: an id outside the vocabulary, so another tokenizer's.
+        UserError: an id outside the vocabulary, so from another tokenizer.
         """
         ids = [int(i) for i in ids if i != self.eos]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise UserError(f"id {wrong[0]} is not in {self.name}, of {self.vocab_size} ids")
+            raise UserError(f"id {wrong[0]} is not in {self.name}, which has {self.vocab_size} ids")
         return self.encoding.decode(ids)
 
     def spec(self):
-        """Plain strings from which `from_spec` rebuilds this tokenizer; fit for a checkpoint."""
+        """A dict of strings for a checkpoint, from which `from_spec` rebuilds this tokenizer."""
         return {"name": self.name} if self.bpe is None else {"name": self.name, "bpe": self.bpe}
 
 
 def get_tokenizer(name):
     """The tokenizer "gpt2" or "bytes", or the one in the BPE file at this path.
 
-    UserError: gpt2 can't be had, no such file, or no BPE file.
+    UserError: gpt2 is unavailable, no such file, or not a BPE file.
     """
     name = os.fspath(name)
     if name == "bytes":
@@ -69,21 +69,21 @@ def get_tokenizer(name):
         if name == "gpt2":
             return Tokenizer(name, tiktoken.get_encoding(name))
         with open(name, "rb") as file:
-            text = file.read().decode("latin-1")  # never fails; _parse judges every line
+            text = file.read().decode("latin-1")  # never fails; _parse checks every line
     except (OSError, ValueError, ImportError) as error:  # requests' errors are OSErrors
-        why = f"can't read {name!r}, nor is it gpt2 or bytes: {_reason(error)}"
-        raise UserError("can't load the tokenizer gpt2: no network and no TIKTOKEN_CACHE_DIR that holds it; "
+        why = f"can't read {name!r}, and it is neither gpt2 nor bytes: {_reason(error)}"
+        raise UserError("can't load the gpt2 tokenizer: no network and no TIKTOKEN_CACHE_DIR with its files; "
                         "use bytes or a trained BPE instead" if name == "gpt2" else why) from None
     return from_spec({"name": name, "bpe": text})
 
 
 def from_spec(spec):
-    """The tokenizer whose `spec()` this is. UserError: as get_tokenizer, or it is no spec at all."""
+    """Rebuild a tokenizer from its `spec()`. UserError: not a spec, or as get_tokenizer."""
     if not isinstance(spec, dict) or not all(isinstance(spec.get(key, ""), str) for key in ("name", "bpe")):
-        raise UserError("not the description of a tokenizer")
+        raise UserError("not a tokenizer spec")
     if "bpe" not in spec:
-        if spec.get("name") not in ("gpt2", "bytes"):  # a checkpoint must not name a file to be read
-            raise UserError("neither gpt2 nor bytes, and no BPE with it")
+        if spec.get("name") not in ("gpt2", "bytes"):  # a checkpoint must not make us read a file
+            raise UserError("the tokenizer is neither gpt2 nor bytes and comes with no BPE")
         return get_tokenizer(spec["name"])
     name = spec.get("name", "bpe")
     ranks = _parse(spec["bpe"], name)
@@ -100,10 +100,10 @@ def _reason(error):
     return getattr(error, "strerror", None) or error
 
 
-# ---- the BPE file: tiktoken's own form, a "base64(token) rank" per line ----
+# ---- the BPE file: tiktoken's format, one "base64(token) rank" per line ----
 
 def _parse(text, source):
-    """{token: rank} of a BPE file's text. UserError: names the source, the line and the fault."""
+    """A BPE file's text -> {token: rank}. UserError: names the source, the line and the fault."""
     ranks, line_of = {}, {}
     for n, line in enumerate(text.rstrip().split("\n"), 1):
         if not (match := regex.fullmatch(r"(\S+) ([0-9]{1,9})\r?", line)):
@@ -131,37 +131,33 @@ def _dump(ranks):
 
 
 def check_new(path):
-    """UserError if no BPE can be saved there: nothing is ever overwritten."""
+    """UserError if a BPE can't be saved to path: nothing is ever overwritten."""
     if os.path.lexists(path) or path in ("gpt2", "bytes"):
-        raise UserError(f"{path} exists already and is not overwritten; choose another name")
+        raise UserError(f"{path} already exists; choose another name")
     if not os.path.isdir(folder := os.path.dirname(path) or "."):
-        raise UserError(f"can't write {path}: there is no folder {folder}")
+        raise UserError(f"can't write {path}: no such folder: {folder}")
 
 
 def save_bpe(ranks, path):
-    """Write {token: rank} to a new file, whole or not at all. UserError: exists, unwritable."""
+    """Write {token: rank} to a new file, atomically. UserError: it exists, or can't be written."""
     check_new(path := os.fspath(path))
-    beside = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(beside, "w", encoding="ascii") as file:
-            file.write(_dump(ranks))
-        os.replace(beside, path)
+        with atomic_file(path) as file:
+            file.write(_dump(ranks).encode("ascii"))
     except OSError as error:
-        if os.path.exists(beside):
-            os.unlink(beside)
         raise UserError(f"can't write {path}: {_reason(error)}") from None
 
 
 # ---- training ----
 
 def train_bpe(texts, vocab_size):
-    """{token: rank}, at most vocab_size - 1 of them (the last id is eos): the commonest pair is
-    merged again and again, of equals the smallest, until no pair occurs twice.
+    """{token: rank} of at most vocab_size - 1 tokens (the last id is eos): repeatedly merges the most
+    frequent pair, ties going to the smallest pair, until no pair occurs twice.
 
-    UserError: vocab_size below 257, or no text at all.
+    UserError: vocab_size below 257, or no text.
     """
     if vocab_size < 257:
-        raise UserError(f"vocab size {vocab_size} is below 257, which is 256 bytes and the eos")
+        raise UserError(f"vocab size {vocab_size} is below 257 (256 bytes and eos)")
     words = Counter(word for text in texts for word in regex.findall(SPLIT, _well_formed(text)))
     if not words:
         raise UserError("nothing to train on: the text is empty")
@@ -172,7 +168,7 @@ def train_bpe(texts, vocab_size):
     ranks = {bytes([i]): i for i in range(256)}
     while heap and len(ranks) < vocab_size - 1:
         count, pair = heappop(heap)
-        # Each pair is in the heap once, never with too low a count: only new pairs gain.
+        # Each pair is in the heap once, never with too low a count: only new pairs gain counts.
         if -count > counts[pair]:
             heappush(heap, (-counts[pair], pair))
         elif -count > 1:
@@ -183,17 +179,17 @@ def train_bpe(texts, vocab_size):
 
 
 def train_tokenizer(texts, vocab_size):
-    """The tokenizer of a BPE trained on an iterable of strings. UserError: as train_bpe."""
+    """Train a BPE on an iterable of strings; returns its Tokenizer. UserError: as train_bpe."""
     return from_spec({"name": "bpe", "bpe": _dump(train_bpe(texts, vocab_size))})
 
 
 def _well_formed(text):
-    """Lone surrogates -> U+FFFD, the way tiktoken encodes them."""
+    """Lone surrogates -> U+FFFD, as tiktoken encodes them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _lay_out(words):
-    """The distinct words in one linked line, b"" between them: token, weight, left, right."""
+    """{word: count} -> one linked list of tokens, b"" between words: (token, weight, left, right)."""
     token, weight = [b""], [0]
     for word, count in words.items():
         data = word.encode()
@@ -203,9 +199,10 @@ def _lay_out(words):
 
 
 def _count_pairs(line):
+    """Counts of all pairs of neighbouring tokens, and where each occurs: ({pair: n}, {pair: [i]})."""
     token, weight, _, _ = line
     counts, places = Counter(), defaultdict(list)
-    for i, pair in enumerate(zip(token, token[1:])):
+    for i, pair in enumerate(pairwise(token)):
         if all(pair):
             counts[pair] += weight[i]
             places[pair].append(i)
@@ -213,12 +210,12 @@ def _count_pairs(line):
 
 
 def _merge(pair, line, counts, places):
-    """Join the pair wherever it stands, left to right; return the pairs that came to be."""
+    """Merge every occurrence of the pair, left to right; returns the new pairs this makes."""
     (token, weight, left, right), (a, b), new_pairs = line, pair, set()
-    for i in places.pop(pair):  # in ascending order where order matters, that is if a == b
+    for i in places.pop(pair):  # ascending where order matters, i.e. if a == b
         j = right[i]
         if (token[i], token[j]) != pair:
-            continue  # another merge has taken this place
+            continue  # already merged
         h, k = left[i], right[j]
         token[i], token[j], right[i], left[k] = a + b, b"", k, i
         for old, new, place in (((token[h], a), (token[h], a + b), h),
@@ -235,29 +232,31 @@ def _merge(pair, line, counts, places):
 # ---- command line ----
 
 def read_texts(path):
-    """A file's text, or all strings in its JSON objects. UserError: names the place and fault."""
+    """A file's text, or all strings in its JSON objects, as a list. UserError: names the place and fault."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            text = file.read().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: no UTF-8 at byte offset {error.start}") from None
+            raw = file.read()
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"can't read {path}: {_reason(error)}") from None
-    if not path.removesuffix(".gz").endswith(".jsonl"):
-        return [text]
-    texts = []
-    for n, line in enumerate(text.split("\n"), 1):
-        try:
-            value = json.loads(line) if line.strip() else {}
-            texts += _strings(value)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{n}: bad JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{path}:{n}: not a JSON object")
-    return texts
+    if path.removesuffix(".gz").endswith(".jsonl"):
+        return [text for n, line in enumerate(raw.split(b"\n"), 1) if line.strip()
+                for text in _strings_of_line(line, f"{path}:{n}")]
+    try:
+        return [raw.decode("utf-8-sig")]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _strings_of_line(line, place):
+    try:
+        return _strings(json_object(line))
+    except (UserError, RecursionError) as error:  # _strings may recurse deeper than the JSON reader
+        why = error if isinstance(error, UserError) else "not JSON: nested too deeply"
+        raise UserError(f"{place}: {why}") from None
 
 
 def _strings(value):
+    """All strings in a JSON value, in order; an object's keys are not text."""
     if isinstance(value, str):
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -265,7 +264,7 @@ def _strings(value):
 
 
 def train(files, vocab_size, out):
-    """Train on the files, save, and print how it went. UserError: a fault in what was given."""
+    """Train on the files, save, and print statistics. UserError: a bad file, size or output path."""
     start = time.time()
     check_new(out)
     texts = [text for path in files for text in read_texts(path)]
@@ -279,12 +278,12 @@ def train(files, vocab_size, out):
 
 
 def main(argv=None):
-    """The command line; returns the exit code: 0, or 1 after one sentence on stderr."""
+    """The command line. Returns the exit code: 0, or 1 after one sentence on stderr."""
     parser = argparse.ArgumentParser(prog="python -m data.tokenizer")
     sub = parser.add_subparsers(dest="command", required=True).add_parser("train")
-    sub.add_argument("files", nargs="+", metavar="FILE", help="text or .jsonl, either also .gz")
-    sub.add_argument("--vocab-size", type=int, default=4096, help="everything, eos included")
-    sub.add_argument("--out", required=True, metavar="PATH", help="the BPE file; must be new")
+    sub.add_argument("files", nargs="+", metavar="FILE", help="text or .jsonl, optionally .gz")
+    sub.add_argument("--vocab-size", type=int, default=4096, help="number of ids, eos included")
+    sub.add_argument("--out", required=True, metavar="PATH", help="the BPE file to write; must not exist")
     args = parser.parse_args(argv)
     try:
         train(args.files, args.vocab_size, args.out)

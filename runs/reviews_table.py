@@ -7,6 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import load, load_tokenizer
+
 from data.records import read_preferences
 from model import RewardModel
 from train_rm import Config, accuracy, encode, held_out_pairs, score_rows

@@ -4,15 +4,25 @@ import math
 import re
 import sys
 
-import pytest
-import torch
-
 import bench
 import bench_plan
+import pytest
+import torch
 from bench import Config
-from bench_jobs import SHAPES, Shape, config_of, generate_job, matrices, ppo_jobs, random_rows, rm_job, sft_job
+from bench_jobs import (
+    SHAPES,
+    Shape,
+    config_of,
+    generate_job,
+    matrices,
+    ppo_jobs,
+    random_rows,
+    rm_job,
+    sft_job,
+)
 from bench_plan import MODELS, count_bytes, largest, parameters, saved_floats
 from common import UserError
+
 from model import GPT, GPTConfig, RewardModel, Trunk
 
 TINY = Shape(n_layer=2, n_head=2, d_model=16, vocab_size=40, prompt=6, response=5, batch=4)

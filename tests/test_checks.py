@@ -5,14 +5,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from common import UserError, finite
+from test_pipeline import PPO, SIZES, jsonl, lines, make_data
 
 import model
 import ppo
 import train_rm
 import train_sft
-from common import UserError, finite
 from model import GPT, RewardModel
-from test_pipeline import PPO, SIZES, jsonl, lines, make_data
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ import sys
 import types
 import zipfile
 
+import common
+import hf
 import numpy as np
 import pytest
 import torch
 
-import common
-import hf
 from data.records import UserError
 from data.tokenizer import get_tokenizer
 from model import GPT, RewardModel

@@ -1,6 +1,7 @@
-"""HH: small files of the source's form, and the real test file where it is at hand."""
+"""HH: small files in the source's format, and the real test file where available."""
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ REAL = Path(__file__).resolve().parents[2] / "shared/data/hh/harmless-base-test.
 
 
 def talk(*turns):
-    """Turns of the human and the assistant, in turn, as the source writes them."""
+    """Alternating turns of human and assistant in the source's format."""
     return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {turn}" for i, turn in enumerate(turns))
 
 
@@ -41,7 +42,7 @@ def load(folder):
 
 
 def error(capsys, target, *sources):
-    """The one sentence of a command that fails, and nothing made."""
+    """The one-sentence error of a command that fails and writes nothing."""
     assert run(target, *sources) == 1
     says = capsys.readouterr().err
     assert says.startswith("error: ") and says.count("\n") == 1 and not target.exists()
@@ -52,7 +53,8 @@ def test_train_and_test_files(tmp_path, capsys):
     train = [line("hi", "hello", "so?"), line("hi", "hello", "so?", rejected="never"), line("why")]
     files = pack(tmp_path / "train.jsonl", train), pack(tmp_path / "test.jsonl.gz", [line("who")])
     assert run(tmp_path / "out", *files) == 0
-    prompts = ["\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:", "\n\nHuman: why\n\nAssistant:"]
+    prompts = ["\n\nHuman: hi\n\nAssistant: hello\n\nHuman: so?\n\nAssistant:",
+               "\n\nHuman: why\n\nAssistant:"]
     pairs = [(prompts[0], " yes", " no"), (prompts[0], " yes", " never"), (prompts[1], " yes", " no")]
     data = load(tmp_path / "out")
     assert [tuple(x.values()) for x in data["preferences.jsonl"]] == pairs
@@ -60,14 +62,17 @@ def test_train_and_test_files(tmp_path, capsys):
     assert data["prompts.jsonl"] == [{"prompt": p} for p in prompts]
     assert data["prompts_val.jsonl"] == [{"prompt": "\n\nHuman: who\n\nAssistant:"}]
     assert read_preferences(tmp_path / "out/preferences.jsonl")[0][:2] == (pairs[0][0], [" yes", " no"])
-    assert read_sft(tmp_path / "out/sft_val.jsonl") and read_prompts(tmp_path / "out/prompts.jsonl") == prompts
-    assert read_preferences(files[0]) == read_preferences(tmp_path / "out/preferences.jsonl")  # read with no conversion
-    assert "left out" not in capsys.readouterr().out
+    assert read_sft(tmp_path / "out/sft_val.jsonl")
+    assert read_prompts(tmp_path / "out/prompts.jsonl") == prompts
+    converted = read_preferences(tmp_path / "out/preferences.jsonl")
+    assert read_preferences(files[0]) == converted  # the source is readable without conversion
+    assert "dropped" not in capsys.readouterr().out
 
 
-def test_what_is_left_out_is_counted_by_reason_with_its_place(tmp_path, capsys):
+def test_drops_are_counted_by_reason_with_their_place(tmp_path, capsys):
     same = line("q 1", chosen="a", rejected="a")
-    bad = [line("q"), b"{", b"[]", same, line("q 2", rejected=" "), {"chosen": talk("q 3", "a")}, line("q 4", "a", chosen="b"),
+    bad = [line("q"), b"{", b"[]", same, line("q 2", rejected=" "), {"chosen": talk("q 3", "a")},
+           line("q 4", "a", chosen="b"),
            {"chosen": talk("x", "a"), "rejected": talk("y", "a")}, {"chosen": "a b", "rejected": "a c"},
            {"chosen": talk("x", "a", "b", "c"), "rejected": talk("x", "a", "d", "c")}, line("q"), same,
            {"chosen": talk("x", "a"), "rejected": 3}, b'{"chosen": "\xff"}', b"  "]
@@ -75,11 +80,12 @@ def test_what_is_left_out_is_counted_by_reason_with_its_place(tmp_path, capsys):
     assert run(tmp_path / "out", file, pack(tmp_path / "test.jsonl", many(3))) == 0
     out = capsys.readouterr().out
     for count, reason, first in [(1, "not JSON", 2), (1, "not a JSON object {...}", 3), (1, "not UTF-8", 14),
-                                 (2, "two of the responses are the same", 4), (1, "one of the answers is empty", 5),
-                                 (1, 'column "rejected" is missing', 6), (2, "the last turn is not the assistant's", 7),
-                                 (2, "chosen and rejected do not share their prompt", 8),
-                                 (1, "a pair that occurs twice", 11), (1, '"rejected" is no string', 13)]:
-        assert f"left out: {count}, {reason} (the first: {file}:{first})" in out
+                                 (2, "two responses are identical", 4), (1, "a response is empty", 5),
+                                 (1, 'column "rejected" is missing', 6),
+                                 (2, "the last turn is not the assistant's", 7),
+                                 (2, '"chosen" and "rejected" do not share a prompt', 8),
+                                 (1, "duplicate pair", 11), (1, '"rejected" must be a string', 13)]:
+        assert f"dropped {count}: {reason} (first: {file}:{first})" in out
     assert len(load(tmp_path / "out")["preferences.jsonl"]) == 1
 
 
@@ -94,7 +100,8 @@ def test_one_file_is_split_by_conversation(tmp_path, capsys):
         assert sorted(map(str, turned)) == sorted(map(str, first["prompts" + side]))
     numbers = [{x["prompt"].split("\n\n")[1].split()[-1] for x in first["preferences" + side]} for side in
                (".jsonl", "_val.jsonl")]
-    assert not numbers[0] & numbers[1] and len(numbers[0]) + len(numbers[1]) == 400 and 8 < len(numbers[1]) < 40
+    assert not numbers[0] & numbers[1] and len(numbers[0]) + len(numbers[1]) == 400
+    assert 8 < len(numbers[1]) < 40
     assert len(first["preferences_val.jsonl"]) == 2 * len(numbers[1])
 
 
@@ -103,8 +110,8 @@ def test_no_conversation_of_the_test_file_is_trained_on(tmp_path, capsys):
     test = pack(tmp_path / "test.jsonl", [line("shared one"), line("who")])
     assert run(tmp_path / "out", train, test) == 0
     out, data = capsys.readouterr().out, load(tmp_path / "out")
-    assert f"left out: 1, to train, but the conversation is held out (the first: {train}:6)" in out
-    assert f"left out: 1, a pair that occurs twice (the first: {train}:7)" in out
+    assert f"dropped 1: to train, but the conversation is held out (first: {train}:6)" in out
+    assert f"dropped 1: duplicate pair (first: {train}:7)" in out
     assert [len(data[name]) for name in ("preferences.jsonl", "preferences_val.jsonl")] == [5, 2]
 
 
@@ -113,19 +120,22 @@ def test_folder_gives_the_files_of_the_subsets(tmp_path, capsys):
         pack(tmp_path / "hh" / subset / "train.jsonl.gz", [line(f"train {subset}")])
         pack(tmp_path / "hh" / subset / "test.jsonl.gz", [line(f"test {subset}")])
     assert run(tmp_path / "out", tmp_path / "hh") == 0
-    assert [x["prompt"] for x in load(tmp_path / "out")["prompts.jsonl"]] == ["\n\nHuman: train helpful-base\n\nAssistant:"]
-    args = ["--from", str(tmp_path / "hh"), "--to", str(tmp_path / "two"), "--subset", "helpful-online", "helpful-base"]
+    prompts = [x["prompt"] for x in load(tmp_path / "out")["prompts.jsonl"]]
+    assert prompts == ["\n\nHuman: train helpful-base\n\nAssistant:"]
+    args = ["--from", str(tmp_path / "hh"), "--to", str(tmp_path / "two"), "--subset", "helpful-online",
+            "helpful-base"]
     assert hh.main(args) == 0 and len(load(tmp_path / "two")["preferences.jsonl"]) == 2
     (tmp_path / "empty").mkdir()
-    assert "holds no .jsonl" in error(capsys, tmp_path / "none", tmp_path / "empty")
+    assert "contains no .jsonl" in error(capsys, tmp_path / "none", tmp_path / "empty")
 
 
-def test_files_that_are_no_source(tmp_path, capsys):
+def test_bad_source_files(tmp_path, capsys):
     whole = pack(tmp_path / "a.jsonl.gz", many(500)).read_bytes()
     bad = tmp_path / "bad.jsonl.gz"
-    for raw, says in [(whole[:-9], "ends too early"), (whole[: len(whole) // 2], "ends too early"),
+    for raw, says in [(whole[:-9], "is a truncated .gz file"),
+                      (whole[: len(whole) // 2], "is a truncated .gz file"),
                       (b"hello " * 9, "is not a .gz"), (b"", "is empty"), (gzip.compress(b""), "is empty"),
-                      (whole[:200] + b"\xff" * 50 + whole[250:], "is not a .gz file, or is damaged")]:
+                      (whole[:200] + b"\xff" * 50 + whole[250:], "is not a .gz file, or is corrupt")]:
         bad.write_bytes(raw)
         said = error(capsys, tmp_path / "out", bad)
         assert says in said and str(bad) in said
@@ -133,36 +143,37 @@ def test_files_that_are_no_source(tmp_path, capsys):
     assert "too few pairs in" in error(capsys, tmp_path / "out", pack(tmp_path / "a.jsonl", [b"{"]))
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path, capsys):
+def test_an_existing_folder_is_left_alone(tmp_path, capsys):
     file = pack(tmp_path / "a.jsonl", many(200))
     assert run(tmp_path / "out", file) == 0 and run(tmp_path / "out", tmp_path / "nowhere") == 0
-    assert "complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     (tmp_path / "out/sft.jsonl").unlink()
     assert run(tmp_path / "out", file) == 1 and "exists and is not" in capsys.readouterr().err
     assert not (tmp_path / "out/sft.jsonl").exists()
 
 
-def test_nothing_half_written_stays(tmp_path, monkeypatch):
+def test_no_partial_folder_is_left(tmp_path, monkeypatch):
     file = pack(tmp_path / "in" / "a.jsonl", many(200))
-    monkeypatch.setattr(Path, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(tmp_path / "there" / "out", file) == 130
     assert list((tmp_path / "there").iterdir()) == []
 
 
-def test_another_subset_is_not_taken_for_this_one(tmp_path, capsys):
+def test_a_data_set_of_other_subsets_is_refused(tmp_path, capsys):
     file = pack(tmp_path / "in" / "a.jsonl", many(200))
     assert run(tmp_path / "out", file) == 0
     assert hh.main(["--subset", "helpful-online", "--to", str(tmp_path / "out")]) == 1
-    assert "was made from files, and not from helpful-online" in capsys.readouterr().err
+    assert "was made from files, not from helpful-online" in capsys.readouterr().err
     folder = pack(tmp_path / "helpful-base" / "train.jsonl", many(200)).parent
     for subsets in ([], ["--subset", "harmless-base", "helpful-base"]):  # their order does not matter
         assert hh.main(["--from", str(folder), "--to", str(tmp_path / "two"), *subsets]) == 0
     assert hh.main(["--from", str(folder), "--to", str(tmp_path / "two"), "--subset", "helpful-base"]) == 1
-    assert "was made from harmless-base helpful-base, and not from helpful-base;" in capsys.readouterr().err
+    assert "was made from harmless-base helpful-base, not from helpful-base;" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place, source", [("helpful-base/train.jsonl", "helpful-base"), ("any/helpful-base.jsonl", "any"),
-                                           ("any/helpful-base/train.jsonl", "any"), ("helpful-base/train.jsonl", ".")])
+@pytest.mark.parametrize("place, source", [
+    ("helpful-base/train.jsonl", "helpful-base"), ("any/helpful-base.jsonl", "any"),
+    ("any/helpful-base/train.jsonl", "any"), ("helpful-base/train.jsonl", ".")])
 def test_where_a_subset_may_be_named(tmp_path, monkeypatch, place, source):
     pack(tmp_path / place, many(200))
     monkeypatch.chdir(tmp_path / "helpful-base" if source == "." else tmp_path)
@@ -176,14 +187,14 @@ def test_a_download_that_is_not_the_file_is_not_kept(tmp_path, monkeypatch, caps
     (tmp_path / "web/helpful-base/train.jsonl.gz").write_bytes(body)
     monkeypatch.setattr(hh, "URL", (tmp_path / "web").as_uri())
     assert hh.main(["--to", str(tmp_path / "d" / "hh")]) == 1
-    assert "train.jsonl.gz is not the file that was expected, and was deleted again" in capsys.readouterr().err
+    assert "train.jsonl.gz is not the expected file and was deleted" in capsys.readouterr().err
     assert not [path for path in (tmp_path / "d").rglob("*") if path.is_file()]
 
 
-def test_a_folder_that_only_sounds_like_a_subset_is_none(tmp_path, capsys):
+def test_a_folder_with_a_similar_name_is_not_a_subset(tmp_path, capsys):
     pack(tmp_path / "helpful-base-stuff" / "helpful-online" / "train.jsonl", many(200))
     assert run(tmp_path / "out", tmp_path / "helpful-base-stuff") == 1
-    assert "holds no .jsonl or .jsonl.gz file of helpful-base or harmless-base" in capsys.readouterr().err
+    assert "contains no .jsonl or .jsonl.gz file of helpful-base or harmless-base" in capsys.readouterr().err
 
 
 def test_downloads_both_sides_of_the_subsets_once(tmp_path, monkeypatch):
@@ -196,14 +207,15 @@ def test_downloads_both_sides_of_the_subsets_once(tmp_path, monkeypatch):
     assert (tmp_path / "d/hh_raw/harmless-base/test.jsonl.gz").exists()
     monkeypatch.setattr(hh, "URL", "file:///nowhere")
     (tmp_path / "d/hh").rename(tmp_path / "first")
-    assert hh.main(["--to", str(tmp_path / "d" / "hh")]) == 0 and load(tmp_path / "d/hh") == load(tmp_path / "first")
+    assert hh.main(["--to", str(tmp_path / "d" / "hh")]) == 0
+    assert load(tmp_path / "d/hh") == load(tmp_path / "first")
 
 
 def test_no_network_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hh, "URL", "http://127.0.0.1:1")
     assert hh.main(["--to", str(tmp_path / "out")]) == 1
     says = capsys.readouterr().err
-    assert "cannot download http://127.0.0.1:1/helpful-base/train.jsonl.gz" in says and "--from" in says
+    assert "can't download http://127.0.0.1:1/helpful-base/train.jsonl.gz" in says and "--from" in says
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,8 +224,8 @@ def test_real_file(tmp_path, capsys):
         pytest.skip(f"no {REAL}")
     assert run(tmp_path / "out", REAL) == 0
     out, data = capsys.readouterr().out, load(tmp_path / "out")
-    assert f"left out: 4, one of the answers is empty (the first: {REAL}:87)" in out
-    assert f"left out: 5, chosen and rejected do not share their prompt (the first: {REAL}:1255)" in out
+    assert f"dropped 4: a response is empty (first: {REAL}:87)" in out
+    assert f'dropped 5: "chosen" and "rejected" do not share a prompt (first: {REAL}:1255)' in out
     train, val = (data["preferences" + side] for side in (".jsonl", "_val.jsonl"))
     assert len(train) + len(val) == 2312 - 9 and 80 < len(val) < 160
     source = {(r["chosen"], r["rejected"]) for r in map(json.loads, gzip.open(REAL))}

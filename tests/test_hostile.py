@@ -11,10 +11,10 @@ import time
 import zipfile
 from pathlib import Path
 
+import common
 import pytest
 import torch
 
-import common
 from data.records import UserError
 from data.tokenizer import get_tokenizer, train_tokenizer
 from model import GPT, GPTConfig, RewardModel

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common import ready
 
 import model
 import train_sft
-from common import ready
 from model import GPT, GPTConfig, KVCache, RewardModel, sample
 
 PROMPTS = [[3], [5, 1, 4, 2, 9], [7, 7], [1, 2, 3, 4, 5, 6, 7], [16, 0, 8], [2, 12], [4, 4, 4, 4], [9, 10, 11, 12, 13, 14]]

@@ -10,14 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 import pytest
 import torch
+from common import load, load_tokenizer, save
 
-import common
 import ppo
 import train_rm
 import train_sft
-from common import load, load_tokenizer, save
 from data.records import UserError
 from data.tokenizer import get_tokenizer, train_tokenizer
 from model import GPT, GPTConfig, RewardModel

@@ -12,14 +12,31 @@ import numpy
 import pytest
 import torch
 import torch.nn as nn
+from common import pad
 
 import ppo
-from common import pad
 from data.records import UserError
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, RewardModel
-from ppo import (Config, adapt_kl_coef, advantages, approx_kl, explained_variance, gae, improve, assess, masked_mean,
-                 micro_batches, minibatch_backward, policy_loss, response_mask, rollout, token_logps, value_loss, whiten)
+from ppo import (
+    Config,
+    adapt_kl_coef,
+    advantages,
+    approx_kl,
+    assess,
+    explained_variance,
+    gae,
+    improve,
+    masked_mean,
+    micro_batches,
+    minibatch_backward,
+    policy_loss,
+    response_mask,
+    rollout,
+    token_logps,
+    value_loss,
+    whiten,
+)
 from train_sft import sft_batch, sft_loss
 
 EOS = 16

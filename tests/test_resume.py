@@ -24,8 +24,9 @@ if not sys.platform.startswith("linux"):
     pytest.skip("it reads a child's CPU clock as Linux has it", allow_module_level=True)
 
 import common
-import ppo
 import resume
+
+import ppo
 import train_rm
 import train_sft
 

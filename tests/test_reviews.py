@@ -1,5 +1,4 @@
-"""Reviews: a small archive of the real one's form, and the real one where it is at hand."""
-
+"""Reviews: a small archive in the real one's format, and the real one where available."""
 import gzip
 import io
 import itertools
@@ -11,7 +10,7 @@ import pytest
 
 from data import reviews
 from data.convert import FILES
-from data.records import UserError
+from data.files import UserError
 from data.reviews import Sentence
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/vader/hutto_ICWSM_2014.tar.gz"
@@ -23,12 +22,12 @@ TEXTS = [f"{who} {what}." for who, what in itertools.product(PEOPLE, ENDINGS)]
 
 
 def plain(text):
-    """Written apart from reviews.key: letters and digits only."""
+    """Independent of reviews.key: letters and digits only."""
     return "".join(c for c in text.lower() if c.isalnum())
 
 
 def source(texts=TEXTS):
-    """(truth, ratings) as in the archive. Few different means, so that there are ties."""
+    """(truth, ratings) as in the archive. Few distinct means, so there are ties."""
     truth, ratings = [], []
     for i, text in enumerate(texts):
         panel = [(i * 7 + k * k) % 5 - 2 for k in range(3 + i % 4)]
@@ -39,7 +38,7 @@ def source(texts=TEXTS):
 
 
 def pack(path, truth, ratings, folder=FOLDER):
-    """The .tar.gz, with another member as the real one has; None leaves a member out."""
+    """The .tar.gz, with an extra member as in the real one; None omits a member."""
     with tarfile.open(path, "w:gz") as tar:
         for name, text in [("_README_.txt", "cite us"), (reviews.TRUTH, truth),
                            (reviews.RATINGS, ratings)]:
@@ -61,7 +60,7 @@ def load(folder):
 
 
 def sides(data):
-    """Keys of every sentence that occurs: (training, validation)."""
+    """Keys of all sentences: (training, validation)."""
     found = []
     for side in (".jsonl", "_val.jsonl"):
         texts = [line["prompt"] + line["completion"] for line in data["sft" + side]]
@@ -72,7 +71,7 @@ def sides(data):
 
 
 def errors(capsys, *args):
-    """The one line that the command says on stderr when it fails."""
+    """The one line on stderr when the command fails."""
     assert reviews.main([str(a) for a in args]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
@@ -90,7 +89,7 @@ def data(archive, tmp_path):
     return load(tmp_path / "out")
 
 
-# ---- what is in the files ----
+# ---- contents of the files ----
 
 def test_no_sentence_on_both_sides(data):
     train, val = sides(data)
@@ -122,7 +121,7 @@ def test_rankings_follow_the_gold_ratings_and_mark_ties(data):
         assert gold == sorted(gold, reverse=True) and gold[0] > gold[-1]
         assert ("ranks" in line) == (len(set(gold)) < len(gold))
         ranks = line.get("ranks", list(range(len(gold))))
-        for (g, r), (h, s) in itertools.pairwise(zip(gold, ranks)):
+        for (g, r), (h, s) in itertools.pairwise(zip(gold, ranks, strict=True)):
             assert s - r == (g > h)
         assert ranks[0] == 0
         seen += texts
@@ -132,9 +131,9 @@ def test_rankings_follow_the_gold_ratings_and_mark_ties(data):
     assert min(map(seen.count, seen)) >= reviews.LISTS_EACH - 2
 
 
-def test_lists_that_teach_nothing_are_left_out():
+def test_lists_that_teach_nothing_are_dropped():
     assert list(reviews.rankings([Sentence(f"s{i}", 1.0, [1, 1]) for i in range(40)])) == []
-    for n in range(2, 30):  # whatever is left over at the end
+    for n in range(2, 30):  # whatever the remainder
         few = [Sentence(f"s{i}", i % 3, [0, 0]) for i in range(n)]
         for line in reviews.rankings(few):
             assert len(line["gold"]) in (2, 4, 5, 6, 7, 8, 9) and len(set(line["gold"])) > 1
@@ -151,7 +150,7 @@ def test_gold_is_the_mean_of_the_ratings(data):
                                              abs=1e-4)
 
 
-def test_validation_is_pairs_that_differ(data):
+def test_validation_is_distinct_pairs_of_different_means(data):
     lines = data["preferences_val.jsonl"]
     assert all(set(line) == {"prompt", "chosen", "rejected", "gold"} for line in lines)
     assert all(line["prompt"] == "" and line["gold"][0] > line["gold"][1] for line in lines)
@@ -171,7 +170,7 @@ def test_source_text_is_cleaned():
     assert all(reviews.clean(reviews.clean(t)) == reviews.clean(t) for t in TEXTS)
 
 
-def test_a_sentence_that_occurs_twice_is_one(tmp_path):
+def test_duplicate_sentences_are_merged(tmp_path):
     texts = TEXTS + ["actors  ARE dull!", "Actors -- are dull"]
     truth, ratings = (text.encode() for text in source(texts))
     merged = reviews.parse({reviews.TRUTH: truth, reviews.RATINGS: ratings})
@@ -209,9 +208,9 @@ def test_half_trains_on_half_of_the_sentences_and_holds_out_the_same(archive, tm
     assert run(archive, whole) == 0
     for number, folder in enumerate(halves):
         assert reviews.main(["--from", str(archive), "--to", str(folder), "--half", str(number)]) == 0
-    texts = lambda folder: {text for line in load(folder)["preferences.jsonl"] for text in line["responses"]}
-    first, second = map(texts, halves)
-    assert first and second and not first & second and first | second <= texts(whole)
+    first, second, both = ({text for line in load(folder)["preferences.jsonl"] for text in line["responses"]}
+                           for folder in (*halves, whole))
+    assert first and second and not first & second and first | second <= both
     for name in FILES:
         if name.endswith("_val.jsonl"):
             assert load(halves[0])[name] == load(halves[1])[name] == load(whole)[name]
@@ -236,9 +235,9 @@ def test_half_panel_accuracy_by_hand():
     assert reviews.half_panel_accuracy([(sentence(3, 3), sentence(1, 1))]) == 1.0
     assert reviews.half_panel_accuracy([(sentence(3, 0), sentence(1, 1))]) == 0.0
     assert reviews.half_panel_accuracy([(sentence(2, 1), sentence(1, 1))]) == 0.5
-    # 3, 3 | 0, 0 in one of three cuts, else 3, 0 | 3, 0
+    # 3, 3 | 0, 0 in one of three splits, else 3, 0 | 3, 0
     blocks = [(sentence(3, 3, 0, 0), sentence(1, 1, 1, 1))]
-    assert reviews.half_panel_accuracy(blocks, cuts=500) == pytest.approx(2 / 3, abs=0.07)
+    assert reviews.half_panel_accuracy(blocks, splits=500) == pytest.approx(2 / 3, abs=0.07)
     both = [(sentence(3, 3, 3), sentence(1, 1)), (sentence(3, 0), sentence(1, 1))]
     assert reviews.half_panel_accuracy(both) == 0.5
 
@@ -251,10 +250,10 @@ def test_ceilings_are_printed(archive, tmp_path, capsys):
     assert "half-panel against half-panel" in out
 
 
-# ---- whole or not at all ----
+# ---- atomic writes ----
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_nothing_half_written_stays(archive, tmp_path, monkeypatch, capsys, error):
+def test_no_partial_folder_is_left(archive, tmp_path, monkeypatch, capsys, error):
     target, beside = tmp_path / "there" / "out", []
 
     def fails(sentences):
@@ -275,16 +274,16 @@ def test_a_complete_data_set_is_left_alone(archive, tmp_path, capsys):
     (target / "sft.jsonl").write_text("mine")
     capsys.readouterr()
     assert run(tmp_path / "missing", target) == 0
-    assert "complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     assert (target / "sft.jsonl").read_text() == "mine"
 
 
-def test_another_half_is_not_taken_for_this_one(archive, tmp_path, capsys):
+def test_a_data_set_of_another_half_is_refused(archive, tmp_path, capsys):
     target = tmp_path / "out"
     assert run(archive, target) == 0
-    assert "was made from all sentences, and not from half 1" in errors(capsys, "--from", archive, "--to", target,
-                                                                        "--half", 1)
-    (target / "made_from.txt").unlink()  # of an older version: nothing is known
+    said = errors(capsys, "--from", archive, "--to", target, "--half", 1)
+    assert "was made from all sentences, not from half 1" in said
+    (target / "made_from.txt").unlink()  # as an older version wrote it: unknown
     assert run(archive, target) == 0
 
 
@@ -296,12 +295,12 @@ def test_other_peoples_folders_are_left_alone(archive, tmp_path, capsys):
         target = tmp_path / name
         assert "exists and is not" in errors(capsys, "--from", archive, "--to", target)
     assert [p.read_text() for p in (tmp_path / "mine").iterdir()] == ["mine"]
-    assert "cannot write" in errors(capsys, "--from", archive, "--to", tmp_path / "file" / "out")
+    assert "can't write" in errors(capsys, "--from", archive, "--to", tmp_path / "file" / "out")
     (tmp_path / "empty").mkdir()
     assert run(archive, tmp_path / "empty") == 0 and load(tmp_path / "empty")
 
 
-def test_nothing_is_unpacked(tmp_path, monkeypatch):
+def test_nothing_is_unpacked_to_disk(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path / "in")
     assert run(pack(tmp_path / "in/a.tar.gz", *source(), folder="../up"), tmp_path / "d/out") == 0
@@ -311,7 +310,7 @@ def test_nothing_is_unpacked(tmp_path, monkeypatch):
 
 # ---- download ----
 
-def test_download_is_kept_beside_and_used_again(archive, tmp_path, monkeypatch, capsys):
+def test_the_download_is_kept_and_reused(archive, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reviews, "URL", archive.as_uri())
     target = tmp_path / "files" / "reviews"
     assert reviews.main(["--to", str(target)]) == 0
@@ -325,7 +324,7 @@ def test_download_is_kept_beside_and_used_again(archive, tmp_path, monkeypatch, 
 def test_no_network_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reviews, "URL", "http://127.0.0.1:1/nobody")
     err = errors(capsys, "--to", tmp_path / "out")
-    assert "cannot download" in err and "--from" in err and list(tmp_path.iterdir()) == []
+    assert "can't download" in err and "--from" in err and list(tmp_path.iterdir()) == []
 
 
 # ---- bad archives ----
@@ -338,7 +337,8 @@ def test_bad_archives(archive, tmp_path, capsys):
     cases += [whole[:300] + b"\xff" * 200 + whole[500:]]
     for raw in cases:
         bad.write_bytes(raw)
-        assert "not a whole .tar.gz" in errors(capsys, "--from", bad, "--to", tmp_path / "out")
+        said = errors(capsys, "--from", bad, "--to", tmp_path / "out")
+        assert "is not a .tar.gz archive, or is corrupt" in said
     for place in range(30, len(whole), 61):
         bad.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
         errors(capsys, "--from", bad, "--to", tmp_path / "out")
@@ -346,9 +346,9 @@ def test_bad_archives(archive, tmp_path, capsys):
     truth, ratings = source()
     for members, name in [((truth, None), reviews.RATINGS), ((None, ratings), reviews.TRUTH)]:
         pack(bad, *members)
-        assert f"holds no {name}" in errors(capsys, "--from", bad, "--to", tmp_path / "out")
+        assert f"contains no {name}" in errors(capsys, "--from", bad, "--to", tmp_path / "out")
     (tmp_path / "nothing").mkdir()
-    assert "holds no" in errors(capsys, "--from", tmp_path / "nothing", "--to", tmp_path / "out")
+    assert "contains no" in errors(capsys, "--from", tmp_path / "nothing", "--to", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -356,17 +356,17 @@ MEAN2 = source()[0].splitlines()[1].split("\t")[1]
 
 
 @pytest.mark.parametrize("which, line, place, message", [
-    (0, f"2\t{MEAN2}", f"{reviews.TRUTH}:2", "2 tab-separated fields, not 3"),
-    (0, f"2\t{MEAN2}\ta film\tx", f"{reviews.TRUTH}:2", "4 tab-separated fields"),
+    (0, f"2\t{MEAN2}", f"{reviews.TRUTH}:2", "2 tab-separated fields; expected 3"),
+    (0, f"2\t{MEAN2}\ta film\tx", f"{reviews.TRUTH}:2", "4 tab-separated fields; expected 3"),
     (0, "2\tgood\ta film", f"{reviews.TRUTH}:2", "'good' is not the mean"),
     (0, "2\tnan\ta film", f"{reviews.TRUTH}:2", "'nan' is not the mean"),
     (0, "2\t3.9\ta film", f"{reviews.TRUTH}:2", "'3.9' is not the mean"),
-    (0, f"1\t{MEAN2}\ta film", f"{reviews.TRUTH}:2", "no ratings, or occurs twice"),
+    (0, f"1\t{MEAN2}\ta film", f"{reviews.TRUTH}:2", "no ratings, or is a duplicate"),
     (0, f"99\t{MEAN2}\ta film", f"{reviews.TRUTH}:2", "sentence 99 has no ratings"),
-    (0, f"2\t{MEAN2}\t ...!", f"{reviews.TRUTH}:2", "without a word"),
+    (0, f"2\t{MEAN2}\t ...!", f"{reviews.TRUTH}:2", "the sentence has no words"),
     (0, b"2\t0\t\xff\xfe", f"{reviews.TRUTH}:2", "not UTF-8"),
     (0, "", reviews.TRUTH, "no sentence for the ratings of 2"),
-    (1, "2\t0\t1", f"{reviews.RATINGS}:2", "3 tab-separated fields, not 4"),
+    (1, "2\t0\t1", f"{reviews.RATINGS}:2", "3 tab-separated fields; expected 4"),
     (1, "2\t0\t1\t[1, 2", f"{reviews.RATINGS}:2", "not a list"),
     (1, "2\t0\t1\t[1]", f"{reviews.RATINGS}:2", "two or more"),
     (1, "2\t0\t1\t[1, 5]", f"{reviews.RATINGS}:2", "from -4 to 4"),
@@ -433,4 +433,4 @@ def test_real_people(real):
     assert min(sizes) == 15 and sorted(sizes)[-3] == 29 and sum(sizes) == 198810
     pairs = reviews.random_pairs([s for s in sentences if reviews.is_val(s.text)])
     assert reviews.rater_accuracy(pairs) == pytest.approx(0.839, abs=0.015)
-    assert reviews.half_panel_accuracy(pairs, cuts=3) == pytest.approx(0.910, abs=0.015)
+    assert reviews.half_panel_accuracy(pairs, splits=3) == pytest.approx(0.910, abs=0.015)

@@ -9,9 +9,9 @@ import random
 
 import pytest
 import torch
+from common import load, pad, save
 
 import train_rm
-from common import load, pad, save
 from data.records import UserError
 from data.tokenizer import get_tokenizer
 from model import GPT, Block, GPTConfig, RewardModel, Trunk

@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
+from common import UserError, batches, clip_and_step, pad, set_lr
 
 import model
-from common import UserError, batches, clip_and_step, pad, set_lr
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from train_sft import Config, encode, evaluate, make_optimizer, sft_backward, sft_batch, sft_loss

@@ -1,4 +1,4 @@
-"""data/stories.py: what the gold score must and must not reward, the rater's odds, and the files."""
+"""data/stories.py: what the gold score must and must not reward, the rater's probabilities, and the files."""
 import json
 import math
 import os
@@ -9,14 +9,18 @@ from statistics import mean
 import pytest
 
 from data import stories
-from data.records import UserError, open_data, read_preferences, read_prompts, read_sft
+from data.examples import open_data
+from data.files import UserError
+from data.records import read_preferences, read_prompts, read_sft
 from data.stories import BEST, SHARPNESS, ceiling, gold_score, rank, split_sentences
 
-FRIEND = stories.WORDS["friend"][3]  # the words below are in every version of the world
+FRIEND = stories.WORDS["friend"][3]  # the other words below are in every version of the world
 PROMPT = "Tell a story about a fox, a lantern and a river."
 STORY = ["Near the river lived a brave fox.", "The fox found a red lantern under a stone.",
-         '"What a fine lantern!" said the ' + FRIEND + ".", "From that day on the fox was never lonely again."]
-SMALL = {"sft": 120, "sft_val": 30, "preferences": 800, "preferences_val": 40, "prompts": 120, "prompts_val": 30}
+         '"What a fine lantern!" said the ' + FRIEND + ".",
+         "From that day on the fox was never lonely again."]
+SMALL = {"sft": 120, "sft_val": 30, "preferences": 800, "preferences_val": 40, "prompts": 120,
+         "prompts_val": 30}
 
 
 def gold(sentences, prompt=PROMPT):
@@ -37,7 +41,7 @@ def test_a_perfect_story_has_gold_1():
 
 
 def test_every_story_without_flaws_has_gold_1():
-    """So the generator and the score agree on every sentence of the world, "a" and "an" included."""
+    """The generator and the score agree on every sentence of the world, including "a" and "an"."""
     for seed in range(300):
         prompt, story = made(seed)
         assert gold(story, prompt) == pytest.approx(BEST), (prompt, story)
@@ -45,7 +49,7 @@ def test_every_story_without_flaws_has_gold_1():
         assert not re.search(r"\b([Aa] [aeiou]|[Aa]n [^aeiou])", " ".join(story))
 
 
-def test_prompts_ask_for_what_they_say():
+def test_prompts_name_the_parts_they_ask_for():
     for seed in range(300):
         rng = random.Random(seed)
         prompt, asked = stories.make_prompt(rng, "owl", "umbrella")
@@ -58,17 +62,18 @@ def test_prompts_ask_for_what_they_say():
 @pytest.mark.parametrize("worse", [
     [s.replace("lantern", "kite") for s in STORY],  # another thing
     [s.replace("fox", "bear") for s in STORY],
-    STORY[:3] + ["Nobody ever saw the fox again."],  # a sad end
-    STORY[:3],  # no end
+    STORY[:3] + ["Nobody ever saw the fox again."],  # a bad ending
+    STORY[:3],  # no ending
     STORY[:1] + ["The fox went home happy and ate soup with everyone."],  # too short, and no lantern
     STORY[:2] + ["The fox was tired but did not give up.", "The fox looked at the sky for a while.",
-                 "It rained, and then it stopped raining."] + STORY[2:],  # it rambles
-    STORY[:2] + STORY[1:2] + STORY[3:],  # a sentence twice
-    STORY[:1] + [STORY[1][:-1] + " and ran away."] + STORY[2:],  # more than a sentence of this world
-    STORY[1:2] + STORY[:1] + STORY[2:],  # the opening is not first
+                 "It rained, and then it stopped raining."] + STORY[2:],  # rambling
+    STORY[:2] + STORY[1:2] + STORY[3:],  # a repeated sentence
+    STORY[:1] + [STORY[1][:-1] + " and ran away."] + STORY[2:],  # extends a sentence of this world
+    STORY[1:2] + STORY[:1] + STORY[2:],  # opening not first
     STORY + STORY[3:], STORY + ["The fox went home happy and ate soup with everyone."],  # two endings
-    STORY + ["From that day on"], STORY[:3] + ["From that day on the fox was never lonely again"],  # broken off
-    STORY[:2] + ["The the said lantern fine fox."] + STORY[3:],  # no sentence of this world
+    STORY + ["From that day on"],  # truncated
+    STORY[:3] + ["From that day on the fox was never lonely again"],  # truncated
+    STORY[:2] + ["The the said lantern fine fox."] + STORY[3:],  # not a sentence of this world
     [s.lower() for s in STORY], [s.rstrip(".") for s in STORY],
 ], ids=lambda s: " ".join(s)[-45:])
 def test_each_flaw_lowers_gold(worse):
@@ -76,19 +81,22 @@ def test_each_flaw_lowers_gold(worse):
 
 
 def test_flaws_of_the_generator_lower_gold():
-    """Always a sad end or a wrong length; on average a part swapped (maybe by itself) or dropped (if it can be)."""
+    """A bad ending or wrong length always does; a swapped or dropped part does on average."""
     for seed in range(200):
         for flaw in ("sad", "ramble", "stub"):
             prompt, story = made(seed, {flaw})
             assert gold(story, prompt) < BEST - 0.05, (flaw, story)
     for flaw in ("swap", "drop"):
-        assert mean(gold(story, prompt) for prompt, story in (made(seed, {flaw}) for seed in range(200))) < 0.95
+        flawed = [made(seed, {flaw}) for seed in range(200)]
+        assert mean(gold(story, prompt) for prompt, story in flawed) < 0.95
 
 
 def test_more_sentences_than_four_are_worse():
-    extra = [s.format(hero="fox", friend=FRIEND, food="soup", weather="fog", place="river", kind="shy") for s in (
+    extra = [s.format(hero="fox", friend=FRIEND, food="soup", weather="fog", place="river", kind="shy")
+             for s in (
         "The {hero} was tired but did not give up.", "The {hero} looked at the sky for a while.",
-        "Just then a {kind} {friend} came round the corner.", "Soon the whole {place} was talking about the bell.",
+        "Just then a {kind} {friend} came round the corner.",
+        "Soon the whole {place} was talking about the bell.",
         "The {hero} walked all the way to the {place}.", "The {hero} gave the {friend} some {food}.",
         "The {friend} talked about {food} and then about the {weather}.")]
     scores = [gold(STORY[:3] + extra[:n] + STORY[3:]) for n in range(len(extra) + 1)]
@@ -96,9 +104,12 @@ def test_more_sentences_than_four_are_worse():
     assert scores[0] > scores[1]
 
 
-GIBBERISH = ["", " ", "\n", ".", "...", "!?", "fox lantern river", "fox. lantern. river.", "fox fox fox fox. lantern lantern.",
-             "The fox the lantern the river happy ever.", "asdf qwer zxcv.", '"', '"""', "\0", "漢字。", "a" * 5000,
-             PROMPT, "Human: hi", "The fox found a red lantern under a stone", " ".join(stories.HEROES + stories.THINGS),
+GIBBERISH = ["", " ", "\n", ".", "...", "!?", "fox lantern river", "fox. lantern. river.",
+             "fox fox fox fox. lantern lantern.",
+             "The fox the lantern the river happy ever.", "asdf qwer zxcv.", '"', '"""', "\0", "漢字。",
+             "a" * 5000,
+             PROMPT, "Human: hi", "The fox found a red lantern under a stone",
+             " ".join(stories.HEROES + stories.THINGS),
              "once upon a time. and they lived happily. the end."]
 
 
@@ -121,7 +132,7 @@ def test_gold_lies_between_0_and_1_and_repeating_never_pays():
 
 
 @pytest.mark.parametrize("junk", [".", "!", '"', "...", "x", "the", "fox", "fox.", "\\n.", '" "', "\u00ad"])
-def test_nothing_slips_in_between_the_sentences(junk):
+def test_junk_between_sentences_lowers_gold(junk):
     for i in range(5):
         assert gold(STORY[:i] + [junk] + STORY[i:]) < BEST
 
@@ -139,11 +150,13 @@ def test_gold_of_a_prompt_that_asks_for_nothing():
 # ---- the rater ----
 
 def test_rank_prefers_by_the_sigmoid_of_the_gap():
-    """Within 3 standard deviations, for gaps of every size; and the order of the list gives nothing away."""
+    """Within 3 standard deviations, for gaps of all sizes, whatever the order of the list."""
     rng, n = random.Random(1), 3000
     others = [STORY[:3], STORY[:1] + STORY[3:], [s.replace("lantern", "kite") for s in STORY],
-              STORY[:2] + ["It rained, and then it stopped raining.", "The fox was tired but did not give up."] + STORY[2:]]
-    for better, worse in [(STORY, other) for other in others] + [(others[2], others[1]), (STORY[::-1], STORY[1:])]:
+              STORY[:2] + ["It rained, and then it stopped raining.",
+                           "The fox was tired but did not give up."] + STORY[2:]]
+    pairs = [(STORY, other) for other in others]
+    for better, worse in [*pairs, (others[2], others[1]), (STORY[::-1], STORY[1:])]:
         pair = [" ".join(better), " ".join(worse)]
         gap = gold_score(PROMPT, pair[0]) - gold_score(PROMPT, pair[1])
         p = 1 / (1 + math.exp(-SHARPNESS * gap))
@@ -168,7 +181,8 @@ def test_any_two_of_four_are_a_bradley_terry_comparison():
 def test_ceiling_is_the_larger_of_p_and_1_minus_p():
     good, bad = " ".join(STORY), " ".join(STORY[:3])
     p = 1 / (1 + math.exp(-SHARPNESS * (gold_score(PROMPT, good) - gold_score(PROMPT, bad))))
-    assert ceiling(PROMPT, good, bad) == ceiling(PROMPT, bad, good) == pytest.approx(max(p, 1 - p)) and p > 0.5
+    assert ceiling(PROMPT, good, bad) == ceiling(PROMPT, bad, good) == pytest.approx(max(p, 1 - p))
+    assert p > 0.5
     assert ceiling(PROMPT, good, good) == ceiling(PROMPT, "x", "y") == 0.5
 
 
@@ -182,7 +196,7 @@ def folder(tmp_path_factory):
 
 
 def test_R27_mean_ceiling_is_how_often_gold_agrees_with_the_ranks(folder):
-    """One pair of each prompt, chosen without a look at the ranks; equal gold agrees half the time."""
+    """One pair per prompt, chosen without looking at the ranks; equal gold agrees half the time."""
     agree, best = [], []
     for prompt, texts, ranks, *_ in read_preferences(folder / "preferences.jsonl"):
         one, two = sorted(texts)[:2]
@@ -241,22 +255,23 @@ def test_data_is_the_same_every_time_and_made_once(folder, tmp_path, monkeypatch
     for name in SMALL:
         raw = (folder / f"{name}.jsonl").read_bytes()
         assert (again / f"{name}.jsonl").read_bytes() == raw != (other / f"{name}.jsonl").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "other"]  # no half-made folder beside them
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "other"]  # no partial folder beside them
     (again / "sft.jsonl").write_text("mine")
     assert stories.make(again) == again and (again / "sft.jsonl").read_text() == "mine"
     assert "newer" not in capsys.readouterr().out
-    os.utime(again, (0, 0))  # as if stories.py had been changed since
+    os.utime(again, (0, 0))  # as if stories.py had changed since
     stories.make(again)
-    assert "stories.py is newer" in capsys.readouterr().out and (again / "sft.jsonl").read_text() == "mine"
+    assert f"stories.py is newer than {again}; delete the folder" in capsys.readouterr().out
+    assert (again / "sft.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_what_could_not_be_written_leaves_nothing(tmp_path, monkeypatch, error):
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, error):
     monkeypatch.setattr(stories, "SIZES", SMALL)
 
     def fails(*args):
         raise error
-    monkeypatch.setattr(stories.os, "replace", fails)
+    monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
         stories.make(tmp_path / "new")
     assert not list(tmp_path.iterdir())
@@ -266,11 +281,11 @@ def test_two_processes_may_make_the_stories_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(stories, "SIZES", SMALL)
     replace = os.replace
 
-    def second(beside, folder):  # the other one gets there first, in the last moment
+    def second(beside, folder):  # the other process finishes first, at the last moment
         folder.mkdir()
         (folder / "sft.jsonl").write_text("the other's")
         replace(beside, folder)
-    monkeypatch.setattr(stories.os, "replace", second)
+    monkeypatch.setattr(os, "replace", second)
     assert (stories.make(tmp_path / "new") / "sft.jsonl").read_text() == "the other's"
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 

@@ -1,4 +1,4 @@
-"""data/tokenizer.py against exact round trips, a naive BPE, and every way a file can be wrong."""
+"""data/tokenizer.py: exact round trips, equality with a naive BPE, and every fault of a file."""
 import base64
 import gzip
 import json
@@ -7,13 +7,14 @@ import pathlib
 import random
 import re
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import tiktoken
 import torch
 
 from data import tokenizer
-from data.records import UserError
+from data.files import UserError
 from data.tokenizer import from_spec, get_tokenizer, main, save_bpe, train_bpe
 
 CACHE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tiktoken"
@@ -27,13 +28,13 @@ BYTES = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
 
 
 def naive_bpe(words, n_merges):
-    """The definition: count every pair in every word, merge the commonest, start again."""
+    """The definition: count every pair in every word, merge the most frequent, start over."""
     words = [([bytes([b]) for b in word.encode()], n) for word, n in words.items()]
     merges = []
     for _ in range(n_merges):
         counts = Counter()
         for word, n in words:
-            for pair in zip(word, word[1:]):
+            for pair in pairwise(word):
                 counts[pair] += n
         best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
         if best is None or counts[best] < 2:
@@ -92,14 +93,14 @@ def test_sizes(bpe):
 
 def test_decode_drops_eos_and_repairs_bytes(bpe):
     for tok in (get_tokenizer("bytes"), bpe):
-        a, b = tok.encode("é")[:1], tok.encode("low")
+        b = tok.encode("low")
         assert tok.decode([tok.eos] + b + [tok.eos] + b + [tok.eos]) == "lowlow"
         assert tok.decode(torch.tensor(b)) == tok.decode(iter(b)) == "low"
     tok = get_tokenizer("bytes")
     assert tok.decode([0xc3, 0x61, 0xff]) == "\ufffda\ufffd"
     assert tok.decode([0xc3, tok.eos, 0xa9]) == "é"
     for wrong in (257, -1):
-        with pytest.raises(UserError, match=f"id {wrong} is not in bytes"):
+        with pytest.raises(UserError, match=f"id {wrong} is not in bytes, which has 257 ids"):
             tok.decode([97, wrong])
 
 
@@ -107,12 +108,12 @@ def test_lone_surrogate_and_blanks(bpe):
     assert bpe.decode(bpe.encode("a\ud800b")) == "a\ufffdb"
     assert len(get_tokenizer("bytes").encode(" \n" * 100_000 + "x")) == 200_001
     with pytest.raises(UserError, match="whitespace characters in a row"):
-        bpe.encode("\n" * 1_000_000 + "x")  # a panic inside tiktoken without our check
+        bpe.encode("\n" * 1_000_000 + "x")  # tiktoken would panic without our check
 
 
 def test_prompt_and_completion_apart(bpe):
     apart = bpe.encode("lo") + bpe.encode("w lowest")
-    assert apart != bpe.encode("low lowest")  # no merge crosses the border
+    assert apart != bpe.encode("low lowest")  # no merge crosses the boundary
     assert bpe.decode(apart) == "low lowest"
 
 
@@ -145,7 +146,7 @@ def test_split_is_gpt2s(gpt2):
 def test_gpt2_without_network(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens here
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     with pytest.raises(UserError, match="no network and no TIKTOKEN_CACHE_DIR.*bytes or a trained"):
         get_tokenizer("gpt2")
@@ -198,7 +199,7 @@ def test_file_form(bpe, tmp_path):
     assert [int(line.split()[1]) for line in lines] == list(range(279))
     (tmp_path / "crlf.bpe").write_bytes("\r\n".join(reversed(lines)).encode())  # any order
     assert get_tokenizer(str(tmp_path / "crlf.bpe")).encode(TEXT) == bpe.encode(TEXT)
-    assert sorted(os.listdir(tmp_path)) == ["crlf.bpe", "my.bpe"]  # nothing left beside
+    assert sorted(os.listdir(tmp_path)) == ["crlf.bpe", "my.bpe"]  # no partial file left
 
 
 @pytest.mark.parametrize("lines, fault", [
@@ -236,8 +237,8 @@ def test_unreadable_file(tmp_path):
 def test_save_refuses(bpe, tmp_path, monkeypatch):
     before = (tmp_path / "my.bpe").read_bytes()
     monkeypatch.chdir(tmp_path)
-    for name, fault in [("my.bpe", "exists already"), (".", "exists already"),
-                        ("gpt2", "exists already"), ("no/x.bpe", "there is no folder no"),
+    for name, fault in [("my.bpe", "already exists"), (".", "already exists"),
+                        ("gpt2", "already exists"), ("no/x.bpe", "no such folder: no$"),
                         ("x" * 300, "File name too long")]:
         with pytest.raises(UserError, match=fault):
             save_bpe(train_bpe([TEXT], 280), name)
@@ -274,21 +275,23 @@ def test_cli_reads_all_files(tmp_path):
     assert b"aa" in ranks and b"bb" in ranks
 
 
-def test_cli_leaves_out_a_byte_order_mark(tmp_path):
+def test_cli_ignores_a_byte_order_mark(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": "xyxy"}')
     assert main(["train", "--out", str(tmp_path / "o"), str(tmp_path / "a.jsonl")]) == 0
     assert b"xy" in tokenizer._parse((tmp_path / "o").read_text(), "o")
 
 
 @pytest.mark.parametrize("name, data, fault", [
-    ("a.txt", b"ok \xff", "a.txt: no UTF-8 at byte offset 3"),
-    ("a.txt.gz", gzip.compress(b"ok\xc3"), "a.txt.gz: no UTF-8 at byte offset 2"),
+    ("a.txt", b"ok \xff", "a.txt: not UTF-8 at byte 3"),
+    ("a.txt.gz", gzip.compress(b"ok\xc3"), "a.txt.gz: not UTF-8 at byte 2"),
     ("a.txt.gz", b"plain", "can't read .*a.txt.gz: Not a gzipped file"),
     ("a.txt.gz", gzip.compress(b"abc" * 99)[:-9], "can't read .*a.txt.gz: Compressed file ended"),
     ("a.txt.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 9, "can't read .*a.txt.gz: Error -3"),
-    ("a.jsonl", b'{"a": "x"}\n{"a": \n', "a.jsonl:2: bad JSON: "),
-    ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl:1: bad JSON: "),
+    ("a.jsonl", b'{"a": "x"}\n{"a": \n', "a.jsonl:2: not JSON: "),
+    ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl:1: not JSON: nested too deeply"),
     ("a.jsonl", b'\n["x"]', "a.jsonl:2: not a JSON object"),
+    ("a.jsonl", b'{"a": "x", "a": "y"}', "a.jsonl:1: duplicate key 'a'"),
+    ("a.jsonl", b'{"a": "x"}\n{"a": "\xff"}', "a.jsonl:2: not UTF-8 at byte 7"),
     ("a.jsonl", b'{"a": 1}', "nothing to train on"),
     ("a.txt", b"", "nothing to train on"),
     ("a.txt", b"\n" * 300_001 + b"x", "whitespace characters in a row"),
@@ -304,8 +307,8 @@ def test_cli_bad_input(tmp_path, capsys, name, data, fault):
 def test_cli_bad_out_and_size(tmp_path, capsys):
     text = tmp_path / "a.txt"
     text.write_text(TEXT)
-    for out, size, fault in [(text, "300", "exists already"), (tmp_path / "o", "256", "below 257"),
-                             (tmp_path / "no" / "o", "300", "there is no folder"),
+    for out, size, fault in [(text, "300", "already exists"), (tmp_path / "o", "256", "below 257"),
+                             (tmp_path / "no" / "o", "300", "no such folder: "),
                              (tmp_path / ("x" * 300), "300", "File name too long")]:
         assert main(["train", "--vocab-size", size, "--out", str(out), str(text)]) == 1
         assert fault in say(capsys)

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running any code in them.
+"""Save and load checkpoints: writes are atomic; loading never executes code.
 
 A checkpoint is {"kind", "config", "tokenizer", "weights", "pool"}: all that a later script needs.
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from data.records import UserError
+from data.files import UserError, atomic_file, check_stored
 from data.tokenizer import from_spec
 from model import GPT, GPTConfig, RewardModel, Trunk
 
-# every class and function that our files name; torch's own list of safe ones has some that eat memory
+# the only globals our pickles reference; torch's own allow-list includes some that can exhaust memory
 NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
          "torch DoubleStorage", "torch HalfStorage", "torch BFloat16Storage", "torch ByteStorage",
          "torch LongStorage"}
@@ -29,24 +29,25 @@ def keep_previous(path):
     """Move an earlier run's file to NAME.prev.EXT, one generation back, and say so."""
     if path.exists():
         os.replace(path, previous(path))
-        print(f"{path} is there already: kept as {previous(path)}")
+        print(f"{path} already exists; moved to {previous(path)}")
 
 
 def write(path, data, keep=False):
-    """torch.save, but `path` is there whole or not at all; `keep` an earlier file as *.prev.*"""
-    beside = path.with_name(path.name + ".part")
+    """Atomic torch.save; with `keep`, an existing file is first moved to *.prev.*. UserError: disk full."""
     try:
-        with open(beside, "wb") as file:
+        with atomic_file(path) as file:
             torch.save(data, file)
             file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        beside.unlink(missing_ok=True)
+            if keep and not _same_again(file.name, path):
+                keep_previous(path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise UserError(f"{path} could not be written ({getattr(error, 'strerror', 0) or 'disk full?'}); "
-                        "what was saved before is kept") from None
-    if keep and not (previous(path).exists() and path.exists() and filecmp.cmp(beside, path, shallow=False)):
-        keep_previous(path)  # not the same result once more, as after a kill between save and finish
-    os.replace(beside, path)
+                        "earlier checkpoints are intact") from None
+
+
+def _same_again(new, path):
+    """Whether the result that is there is this one already, as after a kill between finish's two writes."""
+    return previous(path).exists() and path.exists() and filecmp.cmp(new, path, shallow=False)
 
 
 def save(path, model, tokenizer):
@@ -60,29 +61,33 @@ def save(path, model, tokenizer):
 def load(model_class, path, dropout=0.0):
     """A GPT or RewardModel (`model_class`) from its checkpoint, on the CPU, in eval mode.
 
-    Dropout is a choice of the run, not of the checkpoint: 0 unless asked for.
+    Dropout is a choice of the run, not of the checkpoint: 0 unless asked for. UserError: missing, corrupt,
+    of another class, or its weights are not those of this model.py.
     """
     data = _read(path)
     if data["kind"] != model_class.__name__:
-        raise UserError(f"{path} holds a {data['kind']}, and a {model_class.__name__} is needed here")
+        raise UserError(f"{path} holds a {data['kind']}; expected a {model_class.__name__}")
     try:
         fields, types = {**data["config"], "dropout": float(dropout)}, GPTConfig.__annotations__
         if not all(type(x) is types.get(name) and 0 <= x < 2**31 for name, x in fields.items()
                    ) or fields.get("n_layer", 1) > len(data["weights"]):
-            raise ValueError("its config is unknown here, or impossible")
+            raise ValueError("its config has unknown fields or impossible values")
         config = GPTConfig(**fields)
-        build = lambda: GPT(config) if model_class is GPT else RewardModel(Trunk(config), data["pool"])
         with torch.device("meta"):  # names and sizes are compared before anything is allocated
-            build().load_state_dict(data["weights"], assign=True)
-        model = build()
+            _build(model_class, config, data["pool"]).load_state_dict(data["weights"], assign=True)
+        model = _build(model_class, config, data["pool"])
         model.load_state_dict(data["weights"])
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         why = str(error).splitlines()[:2][-1].strip()
         raise UserError(f"{path}: the weights do not fit this model.py ({why:.300})") from None
     for name, x in model.state_dict().items():
         if not torch.isfinite(x).all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite")
+            raise UserError(f"{path}: {name} holds non-finite numbers")
     return model.eval()
+
+
+def _build(model_class, config, pool):
+    return GPT(config) if model_class is GPT else RewardModel(Trunk(config), pool)
 
 
 def kind(path):
@@ -110,28 +115,30 @@ def _read(path):
             type(name) is str and x.is_floating_point() for name, x in weights.items())
         # twice, for the head shares the embedding's numbers; strides of 0 could feign any size
         fine = fine and sum(x.nbytes for x in weights.values()) <= 2 * size
-    except Exception:  # what stands there can be anything
+    except Exception:  # a foreign file can hold anything here
         fine = False
     if not fine:
-        raise UserError(f"{path} is no checkpoint of onetrunk, or is damaged")
+        raise UserError(f"{path} is not an onetrunk checkpoint, or is corrupt")
     return data | {"weights": weights}
 
 
 def unpickle(path, names, what, mmap=True):
-    """The dict in a file of torch.save; it must have these names. No code in it is run. UserError: other
-    content, damaged, packed, or naming what `write` never wrote."""
+    """The dict in a file of torch.save; it must have these names. No code in it is run.
+
+    UserError: other content, corrupt, compressed, or referencing globals that `write` never wrote.
+    """
     try:
+        check_stored(path)
         with zipfile.ZipFile(path) as file:
-            entries = file.infolist()
-            # torch.save never packs: what unpacks to more than the file is there to fill the memory
-            fine = sum(entry.file_size for entry in entries) <= os.path.getsize(path) and NAMED >= {
-                arg for entry in entries if entry.filename.endswith(".pkl")
-                for op, arg, _ in pickletools.genops(file.read(entry)) if op.name == "GLOBAL"}
-        data = fine and torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+            pickles = [file.read(name) for name in file.namelist() if name.endswith(".pkl")]
+        operations = (op for data in pickles for op in pickletools.genops(data))
+        if not NAMED >= {arg for op, arg, _ in operations if op.name == "GLOBAL"}:
+            raise ValueError
+        data = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         if not names <= data.keys():
             raise ValueError
         return data
     except (PermissionError, IsADirectoryError) as error:
-        raise UserError(f"{path} can't be read: {error.strerror}")
-    except Exception:  # a damaged pickle can raise anything
-        raise UserError(f"{path} is no {what} of onetrunk, or is damaged") from None
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    except Exception:  # a corrupt pickle can raise anything
+        raise UserError(f"{path} is not an onetrunk {what}, or is corrupt") from None

@@ -26,14 +26,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import bench_plan
 import torch
 import torch.nn.functional as F
-
-import bench_plan
-import ppo
-import train_sft
 from bench_jobs import SHAPES, Shape, config_of, ending_gpt, generate_job, ppo_jobs, rm_job, sft_job
 from common import UserError, batches, clip_and_step, load, load_tokenizer, pad, pick_device, run
+
+import ppo
+import train_sft
 from data.records import open_data, read_prompts, read_sft
 from data.tokenizer import train_tokenizer
 from model import GPT, GPTConfig, Linear

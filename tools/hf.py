@@ -17,10 +17,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import checkpoint
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 from data.records import UserError
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, RewardModel

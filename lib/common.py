@@ -1,6 +1,5 @@
-"""One page of plumbing: command line, device, batches, learning rate, log; checkpoints by checkpoint.py."""
+"""What every script needs: command line, device, batches, learning rate, log, checkpoints."""
 import argparse
-import ctypes
 import dataclasses
 import inspect
 import itertools
@@ -14,22 +13,30 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import keep_previous, load, load_tokenizer, save  # noqa: F401, for all scripts
-from data.records import UserError
+from data.files import UserError
+from lib.checkpoint import keep_previous, load, load_tokenizer, save  # noqa: F401, for all scripts
+from lib.fast import keep_memory
 
-def run(main, Config):
-    """Read the command line into Config, call main, print a user's mistake as one sentence, exit 1."""
-    source = inspect.getsource(Config)
-    notes = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, re.M))  # a field's comment is its help
-    doc = sys.modules[main.__module__].__doc__
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Config):
-        how = ({"action": "store_true"} if field.type is bool
-               else {"type": field.type, "metavar": field.name.upper()})
-        help = f"{notes.get(field.name, '')} (default {field.default!r})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help, **how)
-    cfg = Config(**vars(parser.parse_args()))
+
+@dataclasses.dataclass
+class Shared:
+    """Flags that all training scripts share: each has a Config that is derived from this."""
+
+    # run
+    save_every: int = 200  # steps (PPO: updates) between saved states, to resume from; 0: never
+    resume: bool = False  # continue from the last saved state
+    seed: int = 1  # of new weights, order and samples
+    device: str = "auto"  # "cuda", "mps", "cpu"
+    bf16: bool = False  # the blocks' matrix products in bfloat16, but not in generation
+    checkpoint_activations: bool = False  # less memory, a third more work: blocks are computed twice
+    compile: bool = False  # torch.compile, in generation only on a GPU; needs a C++ compiler
+    skip_bad: bool = False  # skip malformed lines and report how many
+
+
+def run_main(main, Config):
+    """Parse flags into Config and run main; report a user's mistake as one sentence, exit 1."""
+    cfg = Config(**vars(flags(main, Config).parse_args()))
+    name = Path(sys.argv[0]).name
     keep_memory()
     try:
         check_numbers(cfg)
@@ -37,10 +44,26 @@ def run(main, Config):
     except KeyboardInterrupt:  # before the first step, or pressed once more
         sys.exit(130)
     except torch.cuda.OutOfMemoryError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).splitlines()[0][:200]} Try a smaller "
-                 "--micro-batch or --checkpoint-activations; `python bench.py --plan` counts what PPO takes")
+        sys.exit(f"{name}: {str(error).splitlines()[0][:200]} Try a smaller --micro-batch or "
+                 "--checkpoint-activations; `python -m tools.bench --plan` estimates what PPO needs")
     except (UserError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{name}: {error}")
+
+
+def flags(main, Config):
+    """The parser: a flag for each field of Config, its comment as help; a comment line is a heading."""
+    parser = argparse.ArgumentParser(description=sys.modules[main.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    fields, group, groups = {field.name: field for field in dataclasses.fields(Config)}, parser, {"": parser}
+    source = "\n    # \n".join(inspect.getsource(c) for c in Config.__mro__ if dataclasses.is_dataclass(c))
+    for heading, name, note in re.findall(r"^    (?:# (.*)|(\w+): .*?(?:# *(.*))?)$", source, re.M):
+        if not name:
+            group = groups[heading] = groups.get(heading) or parser.add_argument_group(heading)
+        elif field := fields.pop(name, None):  # else a default of Shared's that Config has changed
+            how = {"action": "store_true"} if field.type is bool else {"type": field.type}
+            help = f"{note} (default {field.default!r})".replace("%", "%%")
+            group.add_argument("--" + name.replace("_", "-"), default=field.default, help=help, **how)
+    return parser
 
 
 LIMITS = {"seed": (0, 2**63 - 1), "dropout": (0, 0.99), "lam": (0, 1), "block_size": (2, 2**31),
@@ -50,56 +73,29 @@ LIMITS |= dict.fromkeys(("lr", "critic_lr", "weight_decay", "save_every", "kl_co
 
 
 def check_numbers(cfg):
-    """UserError: a number of the command line is nan or outside of LIMITS; the others lie above 0."""
+    """UserError: a number of the command line is nan or outside its LIMITS (by default above 0)."""
     for name, x in vars(cfg).items():
         low, high = LIMITS.get(name, (1 if type(x) is int else 1e-9, 2**31))
         if type(x) in (int, float) and not low <= x <= high:
             raise UserError(f"--{name.replace('_', '-')} {x} must lie between {low} and {high}")
 
 
-def keep_memory():
-    """Have glibc keep large blocks that were freed, unless MALLOC_... variables say what it is to do.
-
-    By default they go back to the system, which clears them page by page when they are wanted again: a third
-    of the time of a PPO update at bench.py's 30m shape.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt and not any(name.startswith("MALLOC_") for name in os.environ):
-        mallopt(-4, 0)  # M_MMAP_MAX: no block outside of the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: so much may lie free at its end
-
-
 def pick_device(name):
-    """"auto" is a GPU where there is one, then Apple's MPS, then the CPU. UserError: it is not there."""
+    """"auto" is a GPU where there is one, then Apple's MPS, then the CPU. UserError: not available."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"--device {name}: there is no such device here") from None
+        raise UserError(f"--device {name}: not available on this machine") from None
     if name.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32; some CPUs would round as well
     return torch.device(name)
 
 
-def ready(model, cfg, device):
-    """The model on its device, computing as the flags say."""
-    model.to(device).trunk.tune(cfg.bf16, cfg.checkpoint_activations, cfg.compile)
-    return model
-
-
-def pad(rows, device="cpu"):
-    """Lists of token ids -> tokens (B,T) filled up with 0 on the right, lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.as_tensor(row)
-    return tokens.to(device), lengths.to(device)
-
-
 def batches(lengths, budget, generator=None, rows=None):
-    """Lists of indices that cover `lengths` once, each holding at most `budget` tokens with its padding.
+    """Lists of indices that cover `lengths` once, each of at most `budget` tokens, padding included.
 
     Sorted by length, so that little is padding. With a generator they are made from shuffled pools
     of about 16 batches and come in random order; without one, shortest first. rows: how many texts an
@@ -110,7 +106,7 @@ def batches(lengths, budget, generator=None, rows=None):
     pool = len(order)
     if generator is not None:
         order = torch.randperm(len(order), generator=generator).tolist()
-        tokens = sum(n * length for n, length in zip(rows, lengths))
+        tokens = sum(n * length for n, length in zip(rows, lengths, strict=True))
         pool = max(1, int(16 * budget * len(lengths) / max(1, tokens)))
     made = []
     for start in range(0, len(order), pool):
@@ -127,11 +123,40 @@ def batches(lengths, budget, generator=None, rows=None):
     return made
 
 
+def micro_batches(batch, rows, budget):
+    """(rows, batch of those rows) in pieces of at most `budget` tokens, like lengths together, truncated
+    to the longest."""
+    rows, lengths = list(rows), batch["lengths"].tolist()
+    for piece in batches([lengths[i] for i in rows], budget):
+        index = [rows[i] for i in piece]
+        T = max(lengths[i] for i in index)
+        b = {name: x[index] for name, x in batch.items()}
+        yield index, {name: x[:, : T if name == "tokens" else T - 1] if x.dim() == 2 else x
+                      for name, x in b.items()}
+
+
+def count_steps(epochs, seed, **plan):
+    """Optimizer steps in so many epochs of `shuffled(**plan)`, as the batches of the first epoch tell."""
+    return max(1, round(epochs * len(batches(**plan, generator=torch.Generator().manual_seed(seed)))))
+
+
 def shuffled(lengths, budget, generator, done, steps, rows=None):
-    """(step, batch) for the steps done+1 to `steps`, each epoch shuffled anew; those before are skipped."""
+    """(step, batch) for the steps done+1 to `steps`, each epoch shuffled anew; earlier ones are skipped."""
     epochs = (batches(lengths, budget, generator, rows) for _ in itertools.count())
     made = itertools.chain.from_iterable(epochs)
     return enumerate(itertools.islice(made, done, steps), done + 1)
+
+
+def cycle(n, size, generator, left):
+    """Index lists of `size`, each epoch a fresh permutation of range(n), without end.
+
+    `left` is the list of those still to come, kept by the caller so that it can be saved.
+    """
+    while True:
+        while len(left) < size:
+            left += torch.randperm(n, generator=generator).tolist()
+        index, left[:] = left[:size], left[size:]
+        yield index
 
 
 def set_lr(optimizer, lr, step, steps, warmup, floor):
@@ -146,37 +171,31 @@ def set_lr(optimizer, lr, step, steps, warmup, floor):
 def clip_and_step(model, optimizer, clip, step):
     """Clip the gradient's norm, take the step, clear the gradients; returns the norm (a float).
 
-    Raises UserError when the gradient is not finite; then the weights stay as they were.
+    UserError: the gradient is not finite; then the weights stay as they were.
     """
     try:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip, error_if_nonfinite=True)
     except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be told
         worst = max((p.grad.abs().nan_to_num(nan=math.inf).max().item(), name)
                     for name, p in model.named_parameters() if p.grad is not None)
-        raise UserError(f"step {step}: the gradient is not finite, largest in {worst[1]}; what was saved "
-                        "before is kept; try a smaller --lr") from None
+        raise UserError(f"step {step}: non-finite gradient, largest in {worst[1]}; earlier checkpoints are "
+                        "intact; try a smaller --lr") from None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 
 def finite(where, **numbers):
-    """Raise UserError when one of the numbers, floats or tensors, is NaN or infinite."""
+    """UserError, beginning with `where`: one of the numbers, floats or tensors, is NaN or infinite."""
     if bad := [name for name, x in numbers.items() if not torch.as_tensor(x).isfinite().all()]:
-        raise UserError(f"{where}: {', '.join(bad)} not finite; what was saved before is kept; try a "
+        raise UserError(f"{where}: non-finite {', '.join(bad)}; earlier checkpoints are intact; try a "
                         "smaller --lr")
-
-
-def far(a, b):
-    """Whether a and b differ by more than rounding does; TF32 and bf16 round to 3 digits or fewer."""
-    tolerance = 1e-4 if b.device.type == "cpu" and b.dtype == torch.float32 else 2e-2
-    return not (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 class Log:
     """One line a step on the terminal, the same numbers as a line of JSON in `path`, config first.
 
-    Of a `saved` run (see resume.py) the lines up to its step stay, and what came after them is written anew.
+    When a `saved` run is resumed (lib/resume.py), lines after the saved step are dropped and written anew.
     """
 
     def __init__(self, path, config, steps, saved=None):
@@ -184,7 +203,7 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         if saved:
             if not path.exists() or path.stat().st_size < saved["log"]:
-                raise UserError(f"--resume: {path} is missing, or not the log of that run")
+                raise UserError(f"--resume: {path} is missing, or is not the log of that run")
             os.truncate(path, saved["log"])
             self.file, self.done = open(path, "a"), saved["step"]
             return
@@ -193,7 +212,7 @@ class Log:
         self._write({"config": dataclasses.asdict(config)})
 
     def __call__(self, step, tok_s=None, **numbers):
-        """`tok_s`, tokens a second, goes to the terminal only: the file is the same whenever it is made."""
+        """`tok_s`, tokens per second, is printed only: the file is the same whenever it is made."""
         self._write({"step": step, **numbers})
         numbers |= {"tok_s": tok_s} if tok_s else {}
         if self.lines % 10 == 0:

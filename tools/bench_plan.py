@@ -11,8 +11,8 @@ import subprocess
 import sys
 
 import torch
-
 from common import UserError
+
 from model import GPT, LOGITS_AT_ONCE, GPTConfig, RewardModel, Trunk
 
 MODELS = {"demo": GPTConfig(1024, 128, 4, 4, 128), "30m": GPTConfig(50257, 128, 6, 6, 384),

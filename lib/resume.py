@@ -1,8 +1,7 @@
-"""Exact resume: what a run saves so that it can go on as if it had never stopped.
+"""Exact resume: a run that was killed and resumed ends as if it had never stopped.
 
-A script makes a State before it reads anything, calls `begin` before its first step, `after` at the end of
-each, `finish` at the end of all. On the same CPU with as many threads, a run that was killed and resumed
-ends with the same bits as one that was not: weights, optimizer and log (tests/test_resume.py).
+On the same CPU with as many threads it ends with the same bits: weights, optimizer and log
+(tests/test_resume.py).
 """
 import dataclasses
 import os
@@ -13,47 +12,57 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import keep_previous, unpickle, write
-from data.records import UserError
+from data.files import UserError
+from lib.checkpoint import keep_previous, save, unpickle, write
+from lib.common import Log
 
 
-class State:
-    """What a run needs to go on exactly where it stopped: saved every few steps, and when it is stopped.
+class Run:
+    """One run of a script, its log, saved state and result, in the order in which things must happen:
 
-    `files` are all that the run reads: with others, with other flags or on another device its rest would
-    not fit its beginning, so that is refused. NAME.finished.pt takes the place of NAME.state.pt at the end.
+        run = Run("sft", cfg, files, device)       # first of all: refuses a --resume that does not fit
+        done = run.begin(steps, gpt=gpt, ...)      # opens the log, fills the parts from the saved state
+        run.log(step, loss=loss); run.after(step)  # at each step
+        run.finish(gpt, tokenizer, {"loss": ...})  # writes out/sft.pt and the report, marks the run finished
+
+    `files` are all that the run reads: resuming with different data, flags or device is refused, for the
+    rest of the run would not fit its beginning. At the end NAME.finished.pt replaces NAME.state.pt.
     """
 
-    def __init__(self, path, cfg, files, device):
-        self.path, self.every, self.caught = path, cfg.save_every, 0
-        self.finished = path.with_name(path.name.replace("state", "finished"))
+    def __init__(self, name, cfg, files, device):
+        out = Path(cfg.out)
+        self.cfg, self.caught = cfg, 0
+        self.result, self.log_path = out / f"{name}.pt", out / f"{name}.jsonl"
+        self.path, self.finished = out / f"{name}.state.pt", out / f"{name}.finished.pt"
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
                       if name not in ("out", "resume", "save_every", "show",
                                       "checkpoint_activations")}  # these change no result
         self.start["--device"] = f"{device} on a machine with {torch.cuda.device_count()} GPUs"
-        self.start |= {os.path.relpath(file, path.parent): checksum(file) for file in files if file}
+        self.start |= {os.path.relpath(file, out): checksum(file) for file in files if file}
         self.saved = self._find() if cfg.resume else None
 
     def _find(self):
         path = self.finished if self.finished.exists() else self.path
         if not path.exists():
-            raise UserError(f"--resume: there is no {path} to go on from; leave --resume out")
+            raise UserError(f"--resume: there is no {path} to resume from; drop --resume")
         saved = unpickle(path, {"start", "step"}, "saved state", mmap=False)
         was = [f"{name} was {saved['start'].get(name)}" for name, x in self.start.items()
                if saved["start"].get(name) != x]
         if was:
-            raise UserError(f"--resume: the run in {path} was started otherwise: {', '.join(was)}")
+            raise UserError(f"--resume: the run in {path} was started with different settings: "
+                            f"{', '.join(was)}")
         if path == self.finished:
-            print(f"{path}: this run is finished; to begin a new one leave --resume out")
+            print(f"{path}: this run has finished; drop --resume to start a new one")
             sys.exit(0)
         return saved
 
-    def begin(self, log, **parts):
-        """Fill `parts` from the saved state, if there is one; returns the number of steps it has done.
+    def begin(self, steps, **parts):
+        """Open the log and fill `parts` from the saved state, if any; returns the number of steps done.
 
         A part is a model, an optimizer, a generator, or a list or dict of plain numbers.
         """
-        self.log, saved, self.saved = log, self.saved, None
+        saved, self.saved = self.saved, None
+        self.log = Log(self.log_path, self.cfg, steps, saved)
         self.step = saved["step"] if saved else 0
         generators = (torch.default_generator, *torch.cuda.default_generators)
         self.parts = parts | {f"rng{i}": generator for i, generator in enumerate(generators)}
@@ -66,35 +75,39 @@ class State:
             for name, part in self.parts.items():
                 set_state(part, saved["parts"][name])
         except (RuntimeError, ValueError, LookupError) as error:
-            raise UserError(f"{self.path} does not fit this model.py ({str(error).splitlines()[-1].strip()})")
-        print(f"going on after step {saved['step']} of {log.steps}")
+            why = str(error).splitlines()[-1].strip()
+            raise UserError(f"{self.path} does not fit this model.py ({why})") from None
+        print(f"resuming after step {saved['step']} of {steps}")
         return saved["step"]
 
     def after(self, step):
-        """To be called at the end of every step: saves when it is time, and stops when it was asked to."""
-        stop, last = self.caught, step == self.log.steps  # read once: a signal may come at any moment
-        if stop or self.every and (last or step % self.every == 0):
+        """Call after every step: saves when due, exits if a signal asked for it."""
+        stop, every, steps = self.caught, self.cfg.save_every, self.log.steps  # once: a signal may come
+        if stop or every and (step == steps or step % every == 0):
             os.fsync(self.log.file.fileno())
             parts = {name: get_state(part) for name, part in self.parts.items()}
             write(self.path, {"start": self.start, "step": step, "log": self.log.file.tell(), "parts": parts})
         if stop:
-            print(f"stopped after step {step} of {self.log.steps}: the same command with --resume goes on")
+            print(f"stopped after step {step} of {steps}; rerun with --resume to continue")
             sys.exit(128 + stop)
         self.step = step
 
     def _stop(self, number, frame):
-        self._restore_handlers()  # so once more stops at once
+        self._restore_handlers()  # a second signal stops at once
         if self.step == self.log.steps:  # no step is left to finish
             sys.exit(128 + number)
         self.caught = number
-        os.write(2, b"\nfinishing this step\n")  # print may not be used in a signal handler
+        os.write(2, b"\nfinishing this step\n")  # print is not safe in a signal handler
 
     def _restore_handlers(self):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def finish(self):
-        """To be called when the result is written."""
+    def finish(self, model, tokenizer, *reports):
+        """Write the result, then each report (a dict of numbers) into the log, then mark the run finished."""
+        save(self.result, model, tokenizer)
+        for numbers in reports:
+            self.log.report(**numbers)
         write(self.finished, {"start": self.start, "step": self.log.steps})
         self.path.unlink(missing_ok=True)
         self._restore_handlers()

@@ -10,10 +10,10 @@ import math
 from typing import Callable, NamedTuple
 
 import torch
+from common import clip_and_step, pad
 
 import ppo
 import train_sft
-from common import clip_and_step, pad
 from model import GPT, GPTConfig, RewardModel, Trunk
 from train_rm import ranking_loss
 from train_sft import make_optimizer, sft_batch, sft_loss

@@ -1,0 +1,102 @@
+"""Examples: records as token rows. Truncates, drops, counts, pads and masks, the same way for every stage.
+
+    demonstration   (prompt, completion)  -> (tokens, P): prompt, completion, eos; P prompt tokens
+    ranking         (prompt, responses)   -> Ranking: a row of prompt, response, eos for each response
+    prompt          prompt                -> tokens
+
+Prompt and response are encoded apart, so no BPE merge crosses the border. Rows are padded on the right
+with zeros, which stand for nothing: every row carries its own length.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data import stories
+from data.files import UserError
+
+
+def open_data(name):
+    """A folder of JSONL files, and the module that knows their true scores, if there is one.
+
+    "stories" is the built-in data set, generated at the first run. Returns (Path, data.stories) for it and
+    (Path, None) for a folder of the user's. UserError: no such folder.
+    """
+    if name == "stories":
+        return stories.make(), stories
+    if not Path(name).is_dir():
+        raise UserError(f"--data {name}: no such folder")
+    return Path(name), None
+
+
+class Ranking(NamedTuple):
+    """One prompt with its responses: `rows` are the token lists of prompt, response, eos."""
+
+    prompt: list
+    rows: list
+    ranks: list  # smaller is better
+    texts: tuple  # (prompt, responses) as they were written
+    gold: list  # true scores where they are known, else None
+
+
+def encode_demonstrations(examples, tokenizer, room, name):
+    """[(prompt, completion)] -> [(tokens, P)] of at most `room` tokens. UserError: nothing fits."""
+    made = _encode([(prompt, [completion]) for prompt, completion in examples], tokenizer, room, name)
+    return [(prompt + completion, len(prompt)) for _, prompt, [completion] in made]
+
+
+def encode_rankings(examples, tokenizer, room, name):
+    """[(prompt, responses, ranks, gold)] -> [Ranking], rows of at most `room` tokens. UserError: none fits.
+
+    Here an empty prompt stays empty: a text that is only judged needs no first token.
+    """
+    made = _encode([example[:2] for example in examples], tokenizer, room, name, first=[])
+    return [Ranking(prompt, [prompt + response for response in responses], *examples[i][2:3],
+                    examples[i][:2], examples[i][3]) for i, prompt, responses in made]
+
+
+def encode_prompts(prompts, tokenizer, room, name):
+    """[prompt] -> token lists of at most `room` tokens."""
+    return [prompt for _, prompt, _ in _encode([(prompt, []) for prompt in prompts], tokenizer, room, name)]
+
+
+def encode_prompt(prompt, tokenizer):
+    """A prompt's tokens; an empty one becomes eos, as GPT-2's documents begin."""
+    return tokenizer.encode(prompt) or [tokenizer.eos]
+
+
+def _encode(examples, tokenizer, room, name, first=None):
+    """[(prompt, responses)] -> [(index, prompt tokens, responses' tokens with eos)].
+
+    A prompt that is too long is truncated from the left, alike for all its responses; an example with a
+    response that alone leaves no room for a prompt is dropped. Both are counted and printed.
+    """
+    made, truncated = [], 0
+    for i, (prompt, responses) in enumerate(examples):
+        prompt = encode_prompt(prompt, tokenizer) if first is None else tokenizer.encode(prompt) or first
+        responses = [tokenizer.encode(response) + [tokenizer.eos] for response in responses]
+        left = room - max(map(len, responses), default=0)
+        if left >= 1:
+            truncated += len(prompt) > left
+            made.append((i, prompt[-left:], responses))
+    if truncated or len(made) < len(examples):
+        print(f"{name}: of {len(examples)} examples, {truncated} prompts truncated from the left and "
+              f"{len(examples) - len(made)} dropped for a response that does not fit into {room} tokens")
+    if not made:
+        raise UserError(f"{name}: no example fits into {room} tokens")
+    return made
+
+
+def pad(rows, device="cpu"):
+    """Lists of token ids -> tokens (B,T) padded with 0 on the right, lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.as_tensor(row)
+    return tokens.to(device), lengths.to(device)
+
+
+def response_mask(lengths, P, T):
+    """Whole lengths and prompt lengths (B,) -> (B,T-1): True where token t+1 belongs to the response."""
+    position = torch.arange(1, T, device=lengths.device)
+    return (position >= P[:, None]) & (position < lengths[:, None])

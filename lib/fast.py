@@ -1,0 +1,153 @@
+"""How this machine multiplies: `prepare` puts it on a model from outside, so model.py holds plain layers.
+
+On a CPU: matrix products by oneDNN where PyTorch's own choice is slow, weights packed for generation,
+freed memory kept. On request: bfloat16, recomputed blocks, torch.compile.
+"""
+import ctypes
+import os
+import platform
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def prepare(model, device="cpu", cfg=None):
+    """Move a GPT or RewardModel to `device` and have it compute as this machine and the flags of `cfg` say.
+
+    Returns it; parameters, their names, tied weights and what is frozen stay as they are. --bf16: the
+    blocks' matrix products in bfloat16; residuals, norms, heads and generation stay float32.
+    --checkpoint-activations: only each block's input is kept for the backward pass, which computes the
+    block again (Chen et al. 2016). --compile: by torch.compile; on a GPU also the steps of `generate`, each
+    as one CUDA graph.
+    """
+    model.to(device)
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer.out_features > 1:  # a head of one number is no work
+            layer.__class__ = Linear
+    if cfg and (cfg.bf16 or cfg.checkpoint_activations):
+        for block in model.trunk.blocks:
+            if not isinstance(block, Tuned):  # nor a copy of one
+                block.__class__ = type("Tuned" + type(block).__name__, (Tuned, type(block)), {})
+            block.bf16, block.recompute = cfg.bf16, cfg.checkpoint_activations
+    if cfg and cfg.compile:
+        model.trunk.compile(dynamic=True)  # lengths differ from batch to batch
+    return model
+
+
+class Tuned:
+    """A block whose forward pass, where there is no cache, is in bfloat16, or recomputed, or both."""
+
+    def forward(self, x, positions, cache=None):
+        if cache is not None:
+            return super().forward(x, positions, cache)
+        block = super().forward
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            if self.recompute and torch.is_grad_enabled():
+                return checkpoint(block, x, positions, use_reentrant=False)
+            return block(x, positions)
+
+
+def static_steps(gpt):
+    """Whether `generate` takes steps of one shape at fixed addresses: compiled, on a GPU."""
+    return gpt.trunk._compiled_call_impl is not None and gpt.lm_head.weight.is_cuda
+
+
+# ---- matrix products on a CPU ----
+
+def cpu_is_amd():
+    """Whether this is an AMD CPU, where PyTorch's default for matrix products (MKL) is slow."""
+    info = Path("/proc/cpuinfo")  # Linux; platform knows only on Windows
+    return "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
+
+
+ON_AMD = cpu_is_amd()
+# private operators, those that torch.compile itself emits: nn.Linear stays where they do not exist
+ONEDNN = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+
+
+def onednn(x, weight, bias=None):
+    """x (...,C) @ weight (out,C) transposed + bias (out,) by oneDNN; no gradients."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """onednn(x, weight, bias) with gradients, x (N,C): three products of one kind."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        # oneDNN copies a transposed first operand: make it the narrower one
+        dw = onednn(x.T, dy.T).T if x.shape[1] <= dy.shape[1] else onednn(dy.T, x.T)
+        return onednn(dy, weight.T), dw, dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class Linear(nn.Linear):
+    """nn.Linear, which on an AMD CPU multiplies with oneDNN where PyTorch takes MKL.
+
+    (1500 x 128) @ (128 x 512) with its gradients, 2 cores of an AMD Zen 5: 200 GFLOP/s by MKL, 420 by oneDNN;
+    2 cores of an Intel Xeon: 260 by MKL, 220 by oneDNN.
+    """
+
+    packed = None  # see `packed`
+
+    def forward(self, x):
+        """x (...,C) -> (...,out)."""
+        if torch.compiler.is_compiling():  # asked first: it can't look into the rest
+            return super().forward(x)
+        if self.packed is not None:
+            return onednn(x, self.packed, self.bias)
+        if not (ON_AMD and onednn_takes(x)) or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        rows = x.flatten(0, -2)  # (N,C)
+        N = len(rows)
+        if N % 128:  # oneDNN caches a kernel per N (1 GB with ragged batches), so round N up to 128
+            rows = F.pad(rows, (0, 0, 0, -N % 128))
+        return Product.apply(rows, self.weight, self.bias)[:N].unflatten(0, x.shape[:-1])
+
+
+def onednn_takes(x):
+    """Whether `onednn` can multiply this tensor: float32 on a CPU, and neither empty nor a single vector."""
+    matrix = x.dtype == torch.float32 and x.dim() > 1 and x.numel() > 0
+    return ONEDNN and matrix and x.device.type == "cpu"
+
+
+@contextmanager
+def packed(model):
+    """Inside this context, each `Linear` of the model uses weights prepacked for oneDNN.
+
+    With few rows, as in generation, a product takes a third of the time or less on AMD, two thirds on Intel,
+    where small ones gain nothing; (16 x 768) @ (768 x 50257): 17 ms by MKL and 4 ms so on AMD, 11.5 and 7.8
+    on Intel. The copies cost as much memory again and are dropped afterwards.
+    """
+    layers = [x for x in model.modules() if isinstance(x, Linear) and onednn_takes(x.weight)
+              and (ON_AMD or x.weight.numel() > 2**17)]
+    for layer in layers:
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 16)  # good for 1 to 1,000 rows
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
+def keep_memory():
+    """Make glibc reuse freed blocks instead of returning them to the system, unless MALLOC_* is set.
+
+    The system clears returned blocks page by page when they are wanted again: a third of the time of a PPO
+    update at the 30m shape of tools/bench.py.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(-4, 0)  # M_MMAP_MAX: no block outside of the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: so much may lie free at its end

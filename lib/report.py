@@ -1,0 +1,165 @@
+"""Numbers, tables and warnings of the reward model and of PPO: what is reported, never trained on."""
+import itertools
+import math
+from statistics import fmean
+
+import torch
+
+from data.examples import pad
+from lib.generate import generate
+from lib.rewards import score_rows, split_texts
+
+
+def print_sample(gpt, tokenizer, prompt):
+    """Print one unedited continuation of a prompt (token ids)."""
+    gpt.eval()
+    tokens, lengths = pad([prompt], gpt.lm_head.weight.device)
+    P = len(prompt)
+    tokens, lengths = generate(gpt, tokens, lengths, gpt.config.block_size - P, eos=tokenizer.eos)
+    print(f"      | {tokenizer.decode(prompt)} >>{tokenizer.decode(tokens[0, P:lengths[0]].tolist())}")
+    gpt.train()
+
+
+# ---- reward model ----
+
+def accuracy(gap):
+    """1 where the better one is ahead, 1/2 where they are equal: a constant model gets 1/2."""
+    return (gap > 0) + 0.5 * (gap == 0)
+
+
+def held_out_pairs(groups, scores, world):
+    """For every pair of each Ranking, better - worse: gap of score, of length and of gold, and the best
+    possible accuracy; each (N,), nan where unknown. scores (M,): of all responses, in order."""
+    gap, longer, gold, best, start = [], [], [], [], 0
+    for group in groups:
+        score, n = scores[start : start + len(group.rows)].tolist(), [len(row) for row in group.rows]
+        start += len(group.rows)
+        for i, j in itertools.permutations(range(len(n)), 2):
+            if group.ranks[i] < group.ranks[j]:
+                gap.append(score[i] - score[j])
+                longer.append(float(n[i] - n[j]))
+                gold.append(group.gold[i] - group.gold[j] if group.gold else math.nan)
+                prompt, responses = group.texts
+                best.append(world.ceiling(prompt, responses[i], responses[j]) if world else math.nan)
+    return torch.tensor(gap), torch.tensor(longer), torch.tensor(gold), torch.tensor(best)
+
+
+def report_pairs(rm, groups, world, cfg, device):
+    """Print and return how well `rm` orders held-out pairs, beside what else could explain it."""
+    scores = score_rows(rm, [row for group in groups for row in group.rows],
+                        min(cfg.batch_tokens, cfg.micro_batch), device)
+    gap, longer, gold, best = held_out_pairs(groups, scores, world)
+    right = accuracy(gap)
+    result = {"accuracy": right.mean().item(), "pairs": len(gap),
+              "longer_wins": accuracy(longer).mean().item(),
+              "ceiling": best.mean().item() if world else None,
+              "calibration_error": calibration_error(gap)}
+    half = 1.96 * math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / len(gap))
+    print(f"held-out pairs: accuracy {result['accuracy']:.1%} +- {half:.1%} on {len(gap)}"
+          + (f", ceiling {result['ceiling']:.1%}" if world else "")
+          + f", longer wins {result['longer_wins']:.1%}")
+    wide = gold.abs() > cfg.wide_gap
+    if cfg.wide_gap and wide.any():
+        result["accuracy_wide"] = right[wide].mean().item()
+        print(f"where the true scores differ by more than {cfg.wide_gap}: "
+              f"{result['accuracy_wide']:.1%} on {wide.sum()}")
+    print("accuracy by margin of the two scores: " + by_margin(gap.abs(), right))
+    lengths = torch.tensor([float(len(row)) for group in groups for row in group.rows])
+    result["length_correlation"] = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item()
+    print(f"expected calibration error {result['calibration_error']:.3f}; "
+          f"correlation of score and length {result['length_correlation']:+.2f}")
+    return result
+
+
+def by_margin(margin, right):
+    """Accuracy in four equal parts of the pairs, close to far apart, beside what the margin claims."""
+    parts = zip(margin.sort().values.chunk(4), right[margin.argsort()].chunk(4), strict=True)
+    return "  ".join(f"<{m.max():.2f}: {r.mean():.0%} (claims {m.sigmoid().mean():.0%})"
+                     for m, r in parts)
+
+
+def calibration_error(gap, bins=10):
+    """Expected calibration error of sigmoid(gap) as the probability that "better" wins, gap (N,) in the
+    units of the loss; over both orders of each pair (Guo et al. 2017)."""
+    p, right = gap.abs().sigmoid(), accuracy(gap)
+    bin = ((p - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return sum((bin == b).float().mean().item() * abs((right - p)[bin == b].mean().item())
+               for b in bin.unique())
+
+
+# ---- PPO ----
+
+def measure(batch, tokenizer, world):
+    """What is known of each response of an assessed rollout: score, kl (nats), eos, length, each (B,); gold,
+    where there is a `world` that knows it, and the texts, [(prompt, response)]."""
+    mask = batch["mask"]
+    texts = list(zip(*split_texts(batch["tokens"], batch["lengths"], batch["P"], tokenizer), strict=True))
+    return {"score": batch["score"], "gold": [world.gold_score(*text) for text in texts] if world else [],
+            "kl": torch.where(mask, batch["logp"] - batch["ref_logp"], 0.0).sum(1),
+            "eos": batch["ended"].float(), "length": mask.sum(1).float(), "texts": texts}
+
+
+def means(result):
+    """The mean of every list of numbers in a result of ppo.evaluate, and how varied its texts are."""
+    numbers = {name: fmean(x) for name, x in result.items() if name != "texts" and x}
+    return numbers | {"distinct_2": distinct_2([response for _, response in result["texts"]])}
+
+
+def distinct_2(texts):
+    """Distinct pairs of neighbouring words over all pairs, of all texts together (Li et al. 2016): drops
+    when the policy gives every prompt the same answer."""
+    words = [text.split() for text in texts]
+    pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def win_rate(after, before):
+    """Share of prompts whose number is larger after than before; ties count half."""
+    return fmean([(a > b) + 0.5 * (a == b) for a, b in zip(after, before, strict=True)])
+
+
+def win_rates(after, before):
+    """The win rates that the log keeps; gold and judge only where there is such a thing."""
+    wins = {f"{name}_win_rate": win_rate(after[name], before[name])
+            for name in ("gold", "judge") if before[name]}
+    return wins | {"win_rate": win_rate(after["score"], before["score"])}
+
+
+def print_table(before, after, world, show):
+    """The same held-out prompts under the SFT model and under PPO, then the first texts, unedited."""
+    names = "".join(f"{name:>11}" for name in means(before))
+    print(f"\n{len(before['texts'])} held-out prompts   {names}")
+    for name, result in (("SFT", before), ("PPO", after)):
+        print(f"{name:<21}   " + "".join(f"{x:11.3f}" for x in means(result).values()))
+    print(f"PPO scores higher than SFT in {win_rate(after['score'], before['score']):.1%}", end="")
+    if world:
+        closed = (fmean(after["gold"]) - fmean(before["gold"])) / (world.BEST - fmean(before["gold"]))
+        print(f", has more gold in {win_rate(after['gold'], before['gold']):.1%}; of the gold between "
+              f"the SFT model and the best possible it gained {closed:.1%}", end="")
+    if before["judge"]:
+        print(f", with the judge in {win_rate(after['judge'], before['judge']):.1%}", end="")
+    print(" (ties half)")
+    for i in range(min(show, len(before["texts"]))):
+        print(f"\n{before['texts'][i][0]}")
+        for name, result in (("SFT", before), ("PPO", after)):
+            gold = f", gold {result['gold'][i]:.2f}" if world else ""
+            print(f"  {name} (score {result['score'][i]:+.2f}{gold}):{result['texts'][i][1]}")
+    print()
+
+
+def warnings(stats, first):
+    """What goes wrong in an update, with the likely cause and the flag to change; `first` are the
+    numbers of the first update. The limits are far outside what a good run shows."""
+    wrong = {
+        "the KL is above 50 nats a response: the policy has left the text that the reward model knows, "
+        "so its scores mean little. Raise --kl-coef or lower --lr": stats["kl"] > 50,
+        "the entropy is below a tenth of the first update's: the policy repeats itself. "
+        "Raise --kl-coef or lower --lr": stats["entropy"] < 0.1 * first["entropy"],
+        "fewer than half as many responses end as in the first update: long ones score higher, or a "
+        "missing end costs too little. Lower --no-eos-score": stats["eos"] < 0.5 * first["eos"],
+    }
+    return [sentence for sentence, so in wrong.items() if so]
+
+
+def describe(numbers):
+    return "  ".join(f"{name} {x:.3f}" for name, x in numbers.items())
