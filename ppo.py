@@ -32,18 +32,9 @@ from data.examples import encode_demonstrations, encode_prompts, open_data, pad,
 from data.files import UserError
 from data.records import read_prompts, read_sft
 from data.tokenizer import Tokenizer
+from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_first_update
-from lib.common import (
-    Shared,
-    clip_and_step,
-    cycle,
-    finite,
-    load,
-    load_tokenizer,
-    micro_batches,
-    pick_device,
-    run_main,
-)
+from lib.common import Shared, cli, clip_and_step, cycle, finite, micro_batches, pick_device
 from lib.fast import prepare
 from lib.generate import generate
 from lib.report import describe, means, measure, print_table, warnings, win_rates
@@ -406,4 +397,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run_main(main, Config)
+    cli(main, Config)

@@ -19,20 +19,9 @@ import torch.nn.functional as F
 from data.examples import encode_prompt, encode_rankings, open_data, pad
 from data.files import UserError
 from data.records import read_preferences, read_prompts
+from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_scores
-from lib.common import (
-    Shared,
-    batches,
-    clip_and_step,
-    count_steps,
-    finite,
-    load,
-    load_tokenizer,
-    pick_device,
-    run_main,
-    set_lr,
-    shuffled,
-)
+from lib.common import Shared, batches, cli, clip_and_step, count_steps, finite, pick_device, set_lr, shuffled
 from lib.fast import prepare
 from lib.generate import generate
 from lib.report import accuracy, report_pairs
@@ -187,4 +176,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run_main(main, Config)
+    cli(main, Config)

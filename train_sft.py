@@ -17,20 +17,9 @@ from data.examples import encode_demonstrations, open_data, pad, response_mask
 from data.files import UserError
 from data.records import read_sft
 from data.tokenizer import get_tokenizer, train_tokenizer
+from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_model
-from lib.common import (
-    Shared,
-    batches,
-    clip_and_step,
-    count_steps,
-    finite,
-    load,
-    load_tokenizer,
-    pick_device,
-    run_main,
-    set_lr,
-    shuffled,
-)
+from lib.common import Shared, batches, cli, clip_and_step, count_steps, finite, pick_device, set_lr, shuffled
 from lib.fast import prepare
 from lib.report import print_sample
 from lib.resume import Run
@@ -164,4 +153,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run_main(main, Config)
+    cli(main, Config)

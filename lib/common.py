@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data.files import UserError
-from lib.checkpoint import keep_previous, load, load_tokenizer, save  # noqa: F401, for all scripts
+from lib.checkpoint import keep_previous, load, load_tokenizer, save  # noqa: F401, for callers
 from lib.fast import keep_memory
 
 
@@ -33,7 +33,7 @@ class Shared:
     skip_bad: bool = False  # skip malformed lines and report how many
 
 
-def run_main(main, Config):
+def cli(main, Config):
     """Parse flags into Config and run main; report a user's mistake as one sentence, exit 1."""
     cfg = Config(**vars(flags(main, Config).parse_args()))
     name = Path(sys.argv[0]).name

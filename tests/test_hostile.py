@@ -11,12 +11,12 @@ import time
 import zipfile
 from pathlib import Path
 
-import common
 import pytest
 import torch
 
-from data.records import UserError
+from data.files import UserError
 from data.tokenizer import get_tokenizer, train_tokenizer
+from lib.checkpoint import load, load_tokenizer, save
 from model import GPT, GPTConfig, RewardModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def data(tiny):
     return make
 
 
-def refused(path, match, load=lambda path: common.load(GPT, path)):
+def refused(path, match, load=lambda path: load(GPT, path)):
     """A UserError of one line that names the file, soon, with no new file and little memory."""
     files, memory, start = sorted(os.listdir(path.parent)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(UserError, match=match) as caught:
@@ -51,11 +51,11 @@ def refused(path, match, load=lambda path: common.load(GPT, path)):
 
 def test_the_good_one_loads(data, tmp_path):
     torch.save(data(), tmp_path / "x.pt")
-    assert common.load(GPT, tmp_path / "x.pt").config.d_model == 32 and common.load_tokenizer(tmp_path / "x.pt").name == "bytes"
+    assert load(GPT, tmp_path / "x.pt").config.d_model == 32 and load_tokenizer(tmp_path / "x.pt").name == "bytes"
     half = data()
     half["weights"] = {name: x.bfloat16() for name, x in half["weights"].items()}
     torch.save(half, tmp_path / "x.pt")
-    assert common.load(GPT, tmp_path / "x.pt").lm_head.weight.dtype == torch.float32
+    assert load(GPT, tmp_path / "x.pt").lm_head.weight.dtype == torch.float32
 
 
 # ---- files ----
@@ -113,7 +113,7 @@ FILES = {
 @pytest.mark.filterwarnings("ignore:Duplicate name", "ignore:Sparse", "ignore:Using a non-tuple")
 def test_files(data, tmp_path, name):
     FILES[name](tmp_path / "x.pt", data)
-    for load in (lambda path: common.load(GPT, path), lambda path: common.load(RewardModel, path), common.load_tokenizer):
+    for load in (lambda path: load(GPT, path), lambda path: load(RewardModel, path), load_tokenizer):
         refused(tmp_path / "x.pt", DAMAGED, load)
 
 
@@ -133,7 +133,7 @@ def test_truncated_anywhere_and_random_bytes_in_it(data, tmp_path):
         bad[place : place + rng.randrange(1, 9)] = rng.randbytes(rng.randrange(9))
         path.write_bytes(bad)
         try:
-            common.load(GPT, path)
+            load(GPT, path)
         except UserError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
 
@@ -154,7 +154,7 @@ def test_sizes_are_checked_before_anything_is_allocated(data, tmp_path, change, 
     monkeypatch.setattr(torch.nn.Embedding, "reset_parameters", lambda self: allocated.append(self) if self.weight.device.type == "cpu" else None)
     for kind, name in ((GPT, "GPT"), (RewardModel, "RewardModel")):
         torch.save(data(change, kind=name, pool="last" if name == "RewardModel" else None), tmp_path / "x.pt")
-        refused(tmp_path / "x.pt", FIT, lambda path: common.load(kind, path))
+        refused(tmp_path / "x.pt", FIT, lambda path: load(kind, path))
     assert not allocated
 
 
@@ -203,10 +203,10 @@ def test_the_rest(data, tmp_path, change):
 
 
 def test_a_reward_model_without_its_pool(data, tmp_path, tiny):
-    common.save(tmp_path / "rm.pt", RewardModel.from_gpt(tiny(), "token"), get_tokenizer("bytes"))
+    save(tmp_path / "rm.pt", RewardModel.from_gpt(tiny(), "token"), get_tokenizer("bytes"))
     for pool in (None, "last"):
         torch.save({**torch.load(tmp_path / "rm.pt", weights_only=True), "pool": pool}, tmp_path / "x.pt")
-        refused(tmp_path / "x.pt", FIT, lambda path: common.load(RewardModel, path))
+        refused(tmp_path / "x.pt", FIT, lambda path: load(RewardModel, path))
 
 
 @pytest.mark.parametrize("spec", [
@@ -219,13 +219,13 @@ def test_tokenizers(data, tmp_path, spec, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo(tmp_path / "fifo")
     torch.save(data(tokenizer=spec), tmp_path / "x.pt")
-    refused(tmp_path / "x.pt", "tokenizer", common.load_tokenizer)
+    refused(tmp_path / "x.pt", "tokenizer", load_tokenizer)
 
 
 def test_a_bpe_from_a_file_travels_in_the_checkpoint(tiny, tmp_path):
     """So that refusing names of files costs nothing."""
-    common.save(tmp_path / "x.pt", tiny(), train_tokenizer(["low lower lowest"] * 3, 260))
-    assert common.load_tokenizer(tmp_path / "x.pt").vocab_size == 260
+    save(tmp_path / "x.pt", tiny(), train_tokenizer(["low lower lowest"] * 3, 260))
+    assert load_tokenizer(tmp_path / "x.pt").vocab_size == 260
 
 
 def test_torch_load_takes_weights_only_everywhere():
