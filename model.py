@@ -166,6 +166,8 @@ class GPT(nn.Module):
         A row stops at its first new `eos` (None: never). ValueError: P + max_new_tokens > block_size.
         """
         B, P = tokens.shape
+        if P + max_new_tokens > self.config.block_size:
+            raise ValueError(f"{P} + {max_new_tokens} tokens > block_size {self.config.block_size}")
         rows, going = torch.arange(B, device=tokens.device), torch.ones_like(lengths, dtype=torch.bool)
         uniform = torch.rand(B, max_new_tokens, generator=generator, device=tokens.device)
         prompt = torch.arange(P, device=tokens.device) < lengths[:, None]

@@ -143,8 +143,8 @@ def main(cfg):
     gpt, tokenizer = load(GPT, sft, cfg.dropout), load_tokenizer(sft)
     train = read_preferences(folder / "preferences.jsonl", cfg.skip_bad)
     val = read_preferences(folder / "preferences_val.jsonl", cfg.skip_bad)
-    rm = RewardModel.from_gpt(gpt, cfg.pool).to(device)  # the head swap
-    check_scores(rm)
+    rm = RewardModel.from_gpt(gpt, cfg.pool)  # the head swap
+    check_scores(prepare(rm, device))
     gpt, rm = (prepare(model, device, cfg) for model in (gpt, rm))
     groups = encode_rankings(train, tokenizer, rm.room, "preferences.jsonl")
 

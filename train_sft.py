@@ -122,7 +122,7 @@ def main(cfg):
     train = read_sft(folder / "sft.jsonl", cfg.skip_bad)
     val = read_sft(folder / "sft_val.jsonl", cfg.skip_bad)
     gpt, tokenizer = start(cfg, train)
-    check_model(gpt.to(device))
+    check_model(prepare(gpt, device))
     prepare(gpt, device, cfg)
     rows = encode_demonstrations(train, tokenizer, gpt.config.block_size, "sft.jsonl")
     val_rows = encode_demonstrations(val, tokenizer, gpt.config.block_size, "sft_val.jsonl")

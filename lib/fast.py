@@ -29,11 +29,12 @@ def prepare(model, device="cpu", cfg=None):
     for layer in model.modules():
         if type(layer) is nn.Linear and layer.out_features > 1:  # a head of one number is no work
             layer.__class__ = Linear
-    if cfg and (cfg.bf16 or cfg.checkpoint_activations):
-        for block in model.trunk.blocks:
-            if not isinstance(block, Tuned):  # nor a copy of one
-                block.__class__ = type("Tuned" + type(block).__name__, (Tuned, type(block)), {})
-            block.bf16, block.recompute = cfg.bf16, cfg.checkpoint_activations
+    bf16, recompute = (cfg.bf16, cfg.checkpoint_activations) if cfg else (False, False)
+    for block in model.trunk.blocks:
+        if (bf16 or recompute) and not isinstance(block, Tuned):
+            block.__class__ = type("Tuned" + type(block).__name__, (Tuned, type(block)), {})
+        if isinstance(block, Tuned):  # now, or as the copy of one
+            block.bf16, block.recompute = bf16, recompute
     if cfg and cfg.compile:
         model.trunk.compile(dynamic=True)  # lengths differ from batch to batch
     return model

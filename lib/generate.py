@@ -112,7 +112,7 @@ def generate(gpt, tokens, lengths, max_new_tokens, temperature=1.0, top_k=None, 
     """
     (B, P), block_size = tokens.shape, gpt.config.block_size
     if P + max_new_tokens > block_size:
-        raise ValueError(f"prompt {P} + {max_new_tokens} new tokens > block_size {block_size}")
+        raise ValueError(f"{P} + {max_new_tokens} tokens > block_size {block_size}")
     uniform = torch.rand(B, max_new_tokens, generator=generator, device=tokens.device)
     with packed(gpt):
         return _generate(gpt, tokens, lengths, uniform, eos, temperature, top_k, top_p)

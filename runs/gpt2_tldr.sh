@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # GPT-2 (124M) on OpenAI's TL;DR, on one GPU: weights, data, SFT, reward model, PPO.
-#   bash runs/gpt2_tldr.sh             # not measured here; by bench.py --plan PPO takes 18 GB of GPU memory
-#                                      # with prompts of 450 tokens, 33 GB with the longest there can be, 960
-#   SMOKE=1 bash runs/gpt2_tldr.sh     # the same commands on a CPU: a tiny net, few texts, few steps
-# Learning rates: Ziegler et al. 2019 (124M) and Stiennon et al. 2020; the rest is that of ppo.py.
+#   bash runs/gpt2_tldr.sh             # not measured here; tools.bench --plan: PPO takes 18 GB of GPU memory
+#                                      # with prompts of 450 tokens, 33 GB with the longest that fit, 960
+#   SMOKE=1 bash runs/gpt2_tldr.sh     # the same commands on a CPU: tiny network, few texts, few steps
+# Learning rates: Ziegler et al. 2019 (124M) and Stiennon et al. 2020; other settings: defaults of ppo.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${OUT:-out/gpt2_tldr${SMOKE:+_smoke}}
@@ -14,7 +14,7 @@ if [ -n "${SMOKE:-}" ]; then
 else
     data=data/files/tldr init=out/gpt2.pt few_sft= few_rm= few_ppo=
     $python -m data.tldr
-    [ -e $init ] || $python hf.py import gpt2 $init
+    [ -e $init ] || $python -m tools.hf import gpt2 $init
 fi
 $python train_sft.py --data $data --out $out --init $init --epochs 1 --batch-tokens 16384 --lr 1e-4 $few_sft
 $python train_rm.py --data $data --out $out --batch-tokens 16384 --lr 1.5e-5 $few_rm

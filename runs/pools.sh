@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The four ways to read a text, each a reward model on the same trunk; after runs/seeds.sh, whose SFT model
-# and last-token reward model of seed 1 are used.
+# A reward model for each of the four pools, on the same trunk. Run runs/seeds.sh first: its SFT model and
+# last-token reward model of seed 1 are used.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export python=${PYTHON:-python} out=${OUT:-out/seeds}/1 OMP_NUM_THREADS=1

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Human ratings, from scratch: 8,979 film-review sentences, no pretrained weights, 2 CPU cores.
 #   bash runs/reviews.sh                   # downloads the archive
-#   bash runs/reviews.sh --from ARCHIVE    # has it already; as an absolute path
-# One reward model learns from all sentences and is held against the raters. Two more learn from one
-# half each: PPO climbs the first, and the second judges what it did, having seen none of its ratings; all
-# of them start from one SFT model.
+#   bash runs/reviews.sh --from ARCHIVE    # uses your copy; give an absolute path
+# One reward model learns from all sentences and is compared with the raters. Two more learn from one half
+# each: PPO optimises the first, and the second, which saw none of its ratings, is the judge. All start
+# from one SFT model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} data=data/files/reviews out=${OUT:-out/reviews} seeds=${SEEDS:-1}

@@ -1,4 +1,4 @@
-"""Tables of human ratings from the results of runs/reviews.sh: python runs/reviews_table.py DATA FOLDER..."""
+"""Tables of human ratings from results of runs/reviews.sh: python runs/reviews_table.py DATA FOLDER..."""
 import json
 import sys
 from pathlib import Path
@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import load, load_tokenizer
-
+from data.examples import encode_rankings
 from data.records import read_preferences
+from lib.checkpoint import load, load_tokenizer
+from lib.report import accuracy, held_out_pairs
+from lib.rewards import score_rows
 from model import RewardModel
-from train_rm import Config, accuracy, encode, held_out_pairs, score_rows
+from train_rm import Config
 
 
 def reports(path):
@@ -26,12 +28,12 @@ def print_rows(names, rows):
 
 
 def together(data, folders, wide=2):
-    """Accuracy on all held-out pairs, and on those far apart, of the mean of the reward models' scores."""
+    """Accuracy of the reward models' mean score on all held-out pairs, and on those far apart."""
     scores = []
     for folder in folders:
         rm, tokenizer = load(RewardModel, folder / "rm.pt"), load_tokenizer(folder / "rm.pt")
         val = read_preferences(Path(data) / "preferences_val.jsonl")
-        groups = encode(val, tokenizer, rm.config.block_size - (rm.pool == "token"), "preferences_val.jsonl")
+        groups = encode_rankings(val, tokenizer, rm.room, "preferences_val.jsonl")
         scores.append(score_rows(rm, [row for g in groups for row in g.rows], Config.batch_tokens, "cpu"))
     gap, _, gold, _ = held_out_pairs(groups, torch.stack(scores).mean(0), None)
     return [accuracy(gap).mean().item(), accuracy(gap[gold.abs() > wide]).mean().item()]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The default pipeline with seeds 1 to 5, and its PPO again without a KL penalty; then README's tables.
-# Two seeds at a time with one thread each.
+# The default pipeline with seeds 1 to 5, PPO again without the KL penalty, then the tables of docs/results.md.
+# Two seeds at a time, one thread each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export python=${PYTHON:-python} out=${OUT:-out/seeds} OMP_NUM_THREADS=1

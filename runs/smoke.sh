@@ -1,5 +1,5 @@
-# For SMOKE=1: smoke_data NAME makes a little data set and a tiny net to start from, and sets $data, $init
-# and flags that leave a few steps of every stage. Real texts are taken where the machine has some.
+# For SMOKE=1: smoke_data NAME makes a small data set and a tiny network to start from, and sets $data, $init
+# and flags that limit every stage to a few steps. It uses real texts where this machine has them.
 smoke_data() {
     data=$out/smoke/data init=$out/smoke/sft.pt
     few_sft="--epochs 0.2" few_rm="--epochs 0.2" few_ppo="--updates 2 --batch 8 --max-new-tokens 16"

@@ -1,4 +1,4 @@
-"""README's table from the logs of finished runs: python runs/table.py FOLDER..."""
+"""The table of docs/results.md from the logs of finished runs: python runs/table.py FOLDER..."""
 import json
 import statistics
 import sys
@@ -9,7 +9,7 @@ COLUMNS = ("RM accuracy", "ceiling", "longer wins", "gold SFT", "gold PPO", "of 
 
 
 def row(folder):
-    """The numbers of one run, from rm.jsonl (where it is) and ppo.jsonl."""
+    """The numbers of one run, from its ppo.jsonl and rm.jsonl; that of "1-no-kl" may be in "1"."""
     source = folder if (folder / "rm.jsonl").exists() else folder.with_name(folder.name.split("-")[0])
     rm = json.loads((source / "rm.jsonl").read_text().splitlines()[-1])["report"]
     lines = [json.loads(line) for line in (folder / "ppo.jsonl").read_text().splitlines()]
@@ -28,7 +28,8 @@ def main(folders):
     for name, numbers in rows.items():
         print(f"| {name} | " + " | ".join(f"{x:.3f}" for x in numbers) + " |")
     if len(rows) > 1:
-        spread = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in zip(*rows.values())]
+        columns = zip(*rows.values(), strict=True)
+        spread = [f"{statistics.mean(x):.3f} ± {statistics.stdev(x):.3f}" for x in columns]
         print("| mean ± sd | " + " | ".join(spread) + " |")
 
 

@@ -2,12 +2,14 @@
 
     python tests/mutate.py --sample 20 --seed 1         # 20 of all bugs; one that no test sees "survives"
     python tests/mutate.py --file ppo.py --jobs 4       # every bug of one file
+    python tests/mutate.py --loops --fast               # only wrong arguments in the loops, only quick tests
     python tests/mutate.py --count                      # how many there are
 
-The tests of the file run first and up to the first failure, then others that use it (FILES); a hang is a
-failure, too. Before any bug, all of these tests must pass on a copy with none.
-Not touched: docstrings, defaults of the Configs, main, and what only prints (SKIP): wrong text or a wrong
-default is nothing that a test could know better. Survivors known to be harmless are in HARMLESS.
+The tests that use the file (FILES) run up to the first failure, quick ones first; a hang is a failure, too.
+Before any bug, all of these tests must pass on a copy without one.
+In the LOOPS arguments of calls are also swapped, dropped, or replaced by another of the same type (ALIKE).
+Not touched: docstrings, defaults of the Configs, and what only prints (SKIP): no test could know better than
+the text or the default. Survivors known to be harmless are in HARMLESS.
 """
 import argparse
 import ast
@@ -29,14 +31,30 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")  # it imports torch once, not once a bug
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
-FILES = {"ppo.py": ("ppo", "checks pipeline"), "train_rm.py": ("rm", "checks pipeline"),
-         "train_sft.py": ("sft", "checks ppo pipeline"), "model.py": ("rm model gpt2", "sft checks ppo pipeline")}
-ONLY = {"train_sft.py": {"sft_batch", "sft_loss", "sft_backward"}}  # the rest is data and the loop
-SKIP = {"main", "Config", "GPTConfig", "report", "by_margin", "describe", "print_table", "show_sample",
-        "print"}
+FILES = {"ppo.py": "ppo checks pipeline resume", "train_rm.py": "rm checks pipeline resume",
+         "train_sft.py": "sft checks ppo pipeline resume",
+         "model.py": "model rm gpt2 sft checks ppo pipeline",
+         "lib/generate.py": "model rm checks ppo pipeline", "lib/fast.py": "model checks pipeline",
+         "lib/report.py": "rm ppo checks pipeline", "lib/rewards.py": "rm ppo pipeline",
+         "lib/checks.py": "checks", "lib/common.py": "sft rm ppo checks pipeline records resume",
+         "data/examples.py": "sft rm ppo pipeline records"}
+ONLY = {"lib/common.py": {"batches", "micro_batches", "count_steps", "shuffled", "cycle", "set_lr",
+                          "clip_and_step", "finite"}}  # the rest is the command line and the log
+SKIP = {"Config", "GPTConfig", "report_pairs", "by_margin", "describe", "print_table", "print_sample",
+        "warnings", "print"}
+LOOPS = {"main", "improve", "evaluate"}
+ALIKE = [group.split(", ") for group in (  # what has the same type in the LOOPS
+    "rows, val_rows", "train, val", "prompts, val, demonstrations", "groups, val_groups", "before, after",
+    "order, generator", "policy, critic", "models.policy, models.ref", "optimizers[0], optimizers[1]",
+    "index, ptx_index", "left, ptx_left", "loss, lr, norm, right", "step, steps, done", "update, cfg.updates",
+    "cfg.lr, cfg.critic_lr", "cfg.batch_tokens, cfg.micro_batch", "cfg.batch, cfg.micro_batch",
+    "cfg.epochs, cfg.minibatches", "now['kl_coef'], cfg.kl_coef", "cfg.kl_target, cfg.kl_coef",
+    "stats['kl'], stats['update_kl']", "'sft.jsonl', 'sft_val.jsonl'",
+    "'preferences.jsonl', 'preferences_val.jsonl'")]
 HARMLESS = {  # "the line of the file: before -> after" of a bug that changes no behaviour: why
     "std = 0.02 * math.sqrt(768 / self.config.d_model): 768 -> 767": "random numbers 0.07% smaller",
     "std = 0.02 * math.sqrt(768 / self.config.d_model): 768 -> 769": "random numbers 0.07% larger",
+    '{"update": cfg.updates, **means(after), **win_rates(after, before)}): cfg.updates -> update': "equal",
 }
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
          ast.Pow: ast.Mult, ast.Mod: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
@@ -123,10 +141,29 @@ def statements(node):
         yield ast.Pass()
 
 
-def mutants_of(node):
+def arguments(node, known):
+    """Swapped, dropped, or replaced by another of the `known` expressions, those of the same function."""
+    if isinstance(node, ast.Call):
+        for i in range(len(node.args) - 1):
+            yield changed(node, args=[*node.args[:i], node.args[i + 1], node.args[i], *node.args[i + 2 :]])
+        if node.args:
+            yield changed(node, args=node.args[:-1])
+        for i in range(len(node.keywords)):
+            yield changed(node, keywords=node.keywords[:i] + node.keywords[i + 1 :])
+    elif isinstance(node, (ast.BinOp, ast.Constant)) or isinstance(getattr(node, "ctx", None), ast.Load):
+        if isinstance(node, ast.BinOp) and isinstance(node.right, ast.Constant):
+            yield node.left  # step - 1
+        for other in {other for group in ALIKE if ast.unparse(node) in group for other in group} & known:
+            if other != ast.unparse(node):
+                yield ast.parse(other, mode="eval").body
+
+
+def mutants_of(node, known, loops):
     """The changed node for every bug that can be planted at this very node."""
-    for rule in (operators, numbers, calls, statements):
+    for rule in () if loops else (operators, numbers, calls, statements):
         yield from rule(node)
+    if known:
+        yield from arguments(node, known)
 
 
 def visit(node):
@@ -140,29 +177,33 @@ def visit(node):
                 continue
             if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                 continue  # a docstring
-            prints = lambda x: isinstance(x, ast.Expr) and "print(" in ast.unparse(x)
-            if isinstance(child, ast.If) and all(map(prints, child.body)):
+            if isinstance(child, ast.If) and all(
+                    isinstance(x, ast.Expr) and "print(" in ast.unparse(x) for x in child.body):
                 continue
             yield node, field, i, child
             yield from visit(child)
 
 
-def mutants(file):
-    """[(place, what, file, source)] of all bugs in a file."""
+def mutants(file, loops):
+    """[(place, what, file, source)] of all bugs in a file, or of the wrong arguments in its LOOPS."""
     lines, found = (ROOT / file).read_text().split("\n"), []
     tree = ast.parse("\n".join(lines))
     tops = [node for node in tree.body if file not in ONLY or getattr(node, "name", "") in ONLY[file]]
     code = ast.Module([node for node in tops if "__name__" not in ast.unparse(node)], [])
+    known = {}  # of each node in the LOOPS: the texts of all expressions of its function
+    for top in tops:
+        if getattr(top, "name", "") in LOOPS:
+            texts = {ast.unparse(x) for x in ast.walk(top) if isinstance(x, ast.expr)}
+            known |= dict.fromkeys(ast.walk(top), texts)
     for parent, field, i, node in visit(code):
-        holder, key = (parent, field) if i is None else (getattr(parent, field), i)
+        holder, key = (vars(parent), field) if i is None else (getattr(parent, field), i)
         if isinstance(parent, ast.Module):
             holder, key = tree.body, tree.body.index(node)
-        put = (lambda x: setattr(holder, key, x)) if i is None else (lambda x: holder.__setitem__(key, x))
-        for new in list(mutants_of(node)):
+        for new in list(mutants_of(node, known.get(node), loops)):
             before = ast.unparse(node).split("\n")[0]
-            put(ast.fix_missing_locations(ast.copy_location(new, node)))
+            holder[key] = ast.fix_missing_locations(ast.copy_location(new, node))
             text = ast.unparse(tree)
-            put(node)
+            holder[key] = node
             after = "" if isinstance(node, ast.FunctionDef) else ast.unparse(new).split("\n")[0]
             if text != ast.unparse(tree):
                 number = getattr(node, "lineno", getattr(parent, "lineno", 0))
@@ -190,18 +231,18 @@ def run(sources, limit, fast):
                                                                      ".pytest_cache"))
         for file, source in sources.items():
             (copy_to / file).write_text(source)
-        for stage in (0,) if fast else (0, 1):
-            names = " ".join(FILES[file][stage] for file in sources).split()
-            tests = [f"tests/test_{name}.py" for name in dict.fromkeys(names)]
-            process = FORKS.Process(target=test, args=(str(copy_to), tests, str(log)))
+        names = dict.fromkeys(" ".join(FILES[file] for file in sources).split())
+        tests = [f"tests/test_{name}.py" for name in names]
+        for which in ("not slow",) if fast else ("not slow", "slow"):
+            process = FORKS.Process(target=test, args=(str(copy_to), [*tests, "-m", which], str(log)))
             process.start()
             process.join(limit)
             if process.is_alive():
                 os.killpg(process.pid, signal.SIGKILL)
                 process.join()
                 return f"caught: no end after {limit} s"
-            if process.exitcode:
-                named = [line for line in log.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
+            if process.exitcode not in (0, 5):  # 5: no such tests
+                named = [x for x in log.read_text().splitlines() if x.startswith(("FAILED", "ERROR"))]
                 return "caught by " + re.sub("^FAILED |^ERROR | - .*", "", [*named, "the import"][0])
     return "survived"
 
@@ -214,10 +255,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=1, help="so many at a time")
     parser.add_argument("--limit", type=int, default=600, help="seconds for the tests of one bug, twice")
-    parser.add_argument("--fast", action="store_true", help="only the tests of the file itself")
+    parser.add_argument("--fast", action="store_true", help="only the tests that are not marked slow")
+    parser.add_argument("--loops", action="store_true", help="only wrong arguments in the loops")
     parser.add_argument("--count", action="store_true", help="only tell how many there are")
     args = parser.parse_args()
-    every = [m for file in args.file for m in mutants(file)]
+    every = [m for file in args.file for m in mutants(file, args.loops)]
     planted = [m for m in every if m[1] not in HARMLESS]
     for file in args.file:
         print(f"{file}: {sum(m[2] == file for m in every)} bugs", flush=True)
@@ -232,7 +274,8 @@ def main():
         raise SystemExit(f"without any bug: {clean}")
     start, alive = time.time(), []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for mutant, end in zip(planted, pool.map(lambda m: run({m[2]: m[3]}, args.limit, args.fast), planted)):
+        ends = pool.map(lambda m: run({m[2]: m[3]}, args.limit, args.fast), planted)
+        for mutant, end in zip(planted, ends, strict=True):
             print(f"{mutant[0]}  {mutant[1]}  {end}", flush=True)
             alive += [mutant] if end == "survived" else []
     print(f"\n{len(planted) - len(alive)} of {len(planted)} caught in {time.time() - start:.0f} s")

@@ -1,20 +1,26 @@
-"""What a run says before it starts, and when it goes wrong: self-checks of a hacked model.py, NaN, warnings of PPO."""
+"""What a run says before it starts, and when it goes wrong: self-checks of model.py, NaN, PPO's warnings."""
 import math
+import os
 import time
+import types
 from contextlib import nullcontext
 
 import pytest
 import torch
-from common import UserError, finite
-from test_pipeline import PPO, SIZES, jsonl, lines, make_data
+from helpers import CPU, PPO, SIZES, make_data
 
+import lib.common
+import lib.generate
 import model
 import ppo
 import train_rm
 import train_sft
+from data.files import UserError
+from lib.checks import check_model, check_scores
+from lib.common import finite
+from lib.fast import prepare
+from lib.report import warnings
 from model import GPT, RewardModel
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +59,20 @@ def other_with_gradients(forward, self, x):
 
 
 @pytest.mark.parametrize("owner, name, change, why", [
-    (model.Attention, "forward", looks_ahead, "not causal"), (model.KVCache, "advance", forgets_positions, "KV cache")])
+    (model.Attention, "forward", looks_ahead, "not causal"),
+    (lib.generate.KVCache, "advance", forgets_positions, "KV cache")])
 def test_sft_does_not_start_with_a_broken_model(made, monkeypatch, tmp_path, owner, name, change, why):
     hack(monkeypatch, owner, name, change)
     with pytest.raises(UserError, match=f"self-check: .*{why}"):
         train_sft.main(train_sft.Config(**made | SIZES | {"out": str(tmp_path)}))
     assert not list(tmp_path.iterdir())
+
+
+def test_sft_trains_in_train_mode_after_its_self_check(made, monkeypatch, tmp_path):
+    modes = []
+    monkeypatch.setattr(train_sft, "clip_and_step", lambda gpt, *rest: modes.append(gpt.training) or 0.0)
+    train_sft.main(train_sft.Config(**made | SIZES | {"out": str(tmp_path)}, epochs=0.5))
+    assert modes and all(modes)
 
 
 @pytest.mark.parametrize("pool", RewardModel.POOLS)
@@ -67,7 +81,8 @@ def test_rm_does_not_start_when_a_score_depends_on_its_neighbours(made, monkeypa
     with pytest.raises(UserError, match="self-check: a text's score changes with its padding"):
         train_rm.main(train_rm.Config(**made, pool=pool))
     monkeypatch.undo()
-    hack(monkeypatch, RewardModel, "score", lambda score, self, tokens, n: score(self, tokens, n * 0 + tokens.shape[1] - 1))
+    hack(monkeypatch, RewardModel, "score",
+         lambda score, self, tokens, n: score(self, tokens, n * 0 + tokens.shape[1] - 1))
     with pytest.raises(UserError, match="self-check: a text's score changes with its padding"):
         train_rm.main(train_rm.Config(**made, pool=pool))
 
@@ -80,55 +95,68 @@ def test_ppo_does_not_start_with_a_broken_model(made, monkeypatch, change, why):
         ppo.main(ppo.Config(**made | PPO))
 
 
+def toy_models(gpt, critic):
+    """For check_start, which scores nothing: the reference is the policy itself."""
+    return ppo.Models(gpt, gpt, critic, None, None, types.SimpleNamespace(eos=0))
+
+
 @pytest.mark.parametrize("how, limit", [({}, 1e-5), ({"bf16": True}, 1e-2), ({"compile": True}, 1e-2)])
 def test_how_near_to_1_the_ratio_must_be_before_ppo_starts(monkeypatch, how, limit):
-    """To the limit, in both directions; where the mean ratio is 1, the KL, 1/6 of the offset's square, to the limit's."""
-    gpt, offset, shipped = GPT(model.GPTConfig(11, 16, 1, 2, 16)).eval(), None, GPT.logps
-    monkeypatch.setattr(GPT, "logps", lambda self, h, targets, *rest: shipped(self, h, targets, *rest) + (
-        offset(len(targets)) if torch.is_grad_enabled() else 0))
-    cfg = ppo.Config(max_new_tokens=8, **how)
-    start = lambda: ppo.check_start(gpt, gpt, RewardModel.from_gpt(gpt), [[1, 2]] * 8, 0, cfg, CPU)
-    for factor, spread, sound in ((.95, 0, True), (-.95, 0, True), (1.05, 0, False), (-1.05, 0, False), (0, 2.2, True),
-                                  (0, 2.7, False)):
-        offset = lambda n: limit * (factor + spread * torch.linspace(-1, 1, n))
+    """To the limit, in both directions; where the mean ratio is 1 the KL, a sixth of the offset's square,
+    must be below that of the limit."""
+    def shifted(logps, self, h, targets, *rest):
+        offset = limit * (by.mean + by.spread * torch.linspace(-1, 1, len(targets)))
+        return logps(self, h, targets, *rest) + (offset if torch.is_grad_enabled() else 0)
+
+    hack(monkeypatch, GPT, "logps", shifted)
+    gpt = GPT(model.GPTConfig(11, 16, 1, 2, 16)).eval()
+    cfg, models = ppo.Config(max_new_tokens=8, **how), toy_models(gpt, RewardModel.from_gpt(gpt))
+    by = types.SimpleNamespace()
+    for by.mean, by.spread, sound in ((.95, 0, True), (-.95, 0, True), (1.05, 0, False), (-1.05, 0, False),
+                                      (0, 2.2, True), (0, 2.7, False)):
         with nullcontext() if sound else pytest.raises(UserError, match="the ratio is not 1"):
-            start()
+            ppo.check_start(models, [[1, 2]] * 8, cfg, CPU)
     assert all(p.grad is None for p in gpt.parameters())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("block_size", [2, 3, 5, 40])
 def test_sound_models_pass_whatever_their_size(dropout, block_size):
-    """And neither the global random numbers nor the mode of the model are touched."""
+    """And the global random numbers are left alone; plain layers or those of this CPU."""
     gpt = GPT(model.GPTConfig(11, block_size, 2, 2, 16, dropout)).train()
     before = torch.get_rng_state()
-    train_sft.check_model(gpt, CPU)
-    assert gpt.training and torch.equal(torch.get_rng_state(), before)
+    for _ in range(2):
+        check_model(gpt)
+        assert not gpt.training and torch.equal(torch.get_rng_state(), before)  # main calls train()
+        prepare(gpt.train())
     for pool in RewardModel.POOLS:
-        train_rm.check_scores(RewardModel.from_gpt(gpt, pool).eval(), CPU)
+        check_scores(RewardModel.from_gpt(gpt, pool).eval())
 
 
 def test_the_checks_take_under_two_seconds_at_the_size_of_the_stories():
     gpt, start = GPT(model.GPTConfig(1024, 128, 4, 4, 128)).train(), time.process_time()
-    train_sft.check_model(gpt, CPU)
-    train_rm.check_scores(RewardModel.from_gpt(gpt).eval(), CPU)
+    check_model(gpt)
+    rm = RewardModel.from_gpt(gpt).eval()
+    check_scores(rm)
     ref = GPT(gpt.config)
     ref.load_state_dict(gpt.state_dict())
-    ppo.check_start(gpt.eval(), ref.eval(), RewardModel.from_gpt(gpt), [[1, 2, 3]] * 20, 0, ppo.Config(), CPU)
+    models = toy_models(gpt.eval(), rm)._replace(ref=ref.eval())
+    ppo.check_start(models, [[1, 2, 3]] * 20, ppo.Config(), CPU)
     assert time.process_time() - start < 2
-    assert all(p.grad is None for p in gpt.parameters())
+    assert all(p.grad is None for p in [*gpt.parameters(), *rm.parameters()])
 
 
 # ---- NaN ----
 
 def test_finite_names_all_that_is_not():
     finite("step 3", loss=1.0, kl=torch.ones(2))
-    with pytest.raises(UserError, match="step 3: kl, score not finite; what was saved before is kept"):
+    with pytest.raises(UserError, match="step 3: non-finite kl, score; earlier checkpoints are intact"):
         finite("step 3", loss=1.0, kl=torch.tensor([0.0, math.nan]), score=math.inf)
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm"])
-def test_a_loss_that_is_not_finite_stops_at_its_step_and_the_state_before_is_kept(made, monkeypatch, tmp_path, stage):
+def test_a_loss_that_is_not_finite_stops_at_its_step_and_the_state_before_is_kept(made, monkeypatch,
+                                                                                  tmp_path, stage):
     script, name = (train_sft, "sft_loss") if stage == "sft" else (train_rm, "ranking_loss")
     shipped, calls = getattr(script, name), []
 
@@ -139,21 +167,21 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_the_state_before_is_kep
     monkeypatch.setattr(script, name, loss)
     (tmp_path / "sft.pt").write_bytes(open(made["out"] + "/sft.pt", "rb").read())
     config = made | {"out": str(tmp_path), "batch_tokens": 64, "save_every": 5}
-    with pytest.raises(UserError, match="step 6: loss not finite"):
+    with pytest.raises(UserError, match="step 6: non-finite loss"):
         script.main(script.Config(**(SIZES if stage == "sft" else {}) | config))
     assert torch.load(tmp_path / f"{stage}.state.pt", weights_only=True)["step"] == 5
     assert not (tmp_path / "rm.pt").exists()
 
 
-@pytest.mark.parametrize("name, where", [("value_loss", "update 2: value_loss not finite"),
-                                         ("policy_loss", "step 2: the gradient is not finite"),
-                                         ("token_logps", "update 2: logp, ref_logp not finite"),
-                                         ("sft_loss", "update 2, ptx: loss not finite")])
+@pytest.mark.parametrize("name, where", [("value_loss", "update 2: non-finite value_loss"),
+                                         ("policy_loss", "step 2: non-finite gradient"),
+                                         ("token_logps", "update 2: non-finite logp, ref_logp"),
+                                         ("sft_loss", "update 2, ptx: non-finite loss")])
 def test_ppo_names_what_is_not_finite(made, monkeypatch, name, where):
     owner = train_sft if name == "sft_loss" else ppo
-    shipped, log = getattr(owner, name), ppo.Log.__call__
-    logged = []
-    monkeypatch.setattr(ppo.Log, "__call__", lambda self, *args, **kwargs: logged.append(1) or log(self, *args, **kwargs))
+    shipped, logged = getattr(owner, name), []
+    hack(monkeypatch, lib.common.Log, "__call__",
+         lambda log, self, *args, **kwargs: logged.append(1) or log(self, *args, **kwargs))
 
     def spoil(*args):
         x = shipped(*args)
@@ -169,10 +197,11 @@ def test_ppo_names_what_is_not_finite(made, monkeypatch, name, where):
 FIRST = {"kl": 0.0, "entropy": 2.0, "eos": 0.8}
 
 
-@pytest.mark.parametrize("change, said", [({}, ""), ({"kl": 49.0}, ""), ({"kl": 51.0}, "--kl-coef"), ({"entropy": 0.21}, ""),
-                                          ({"entropy": 0.19}, "entropy"), ({"eos": 0.41}, ""), ({"eos": 0.39}, "--no-eos-score")])
+@pytest.mark.parametrize("change, said", [
+    ({}, ""), ({"kl": 49.0}, ""), ({"kl": 51.0}, "--kl-coef"), ({"entropy": 0.21}, ""),
+    ({"entropy": 0.19}, "entropy"), ({"eos": 0.41}, ""), ({"eos": 0.39}, "--no-eos-score")])
 def test_warnings(change, said):
-    sentences = ppo.warnings(FIRST | change, FIRST)
+    sentences = warnings(FIRST | change, FIRST)
     assert len(sentences) == bool(said) and all(said in sentence for sentence in sentences)
 
 
@@ -183,13 +212,17 @@ def test_a_warning_comes_once(made, monkeypatch, capsys):
     assert capsys.readouterr().out.count("warning: the KL is above 50 nats a response") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="it reads the memory as Linux has it")
 def test_memory_does_not_grow_over_300_updates(made, monkeypatch):
     """Resident memory after update 300 within 5% of that after update 50."""
-    sizes, shipped = {}, ppo.Log.__call__
+    sizes = {}
 
-    def call(self, step, **numbers):
-        sizes[step] = int(open("/proc/self/statm").read().split()[1])
-        shipped(self, step, **numbers)
-    monkeypatch.setattr(ppo.Log, "__call__", call)
-    ppo.main(ppo.Config(**made | PPO | {"updates": 300, "batch": 4, "epochs": 1, "minibatches": 1, "save_every": 50, "max_new_tokens": 4}))
+    def call(log, self, step, **numbers):
+        with open("/proc/self/statm") as file:
+            sizes[step] = int(file.read().split()[1])
+        log(self, step, **numbers)
+    hack(monkeypatch, lib.common.Log, "__call__", call)
+    ppo.main(ppo.Config(**made | PPO | {"updates": 300, "batch": 4, "epochs": 1, "minibatches": 1,
+                                        "save_every": 50, "max_new_tokens": 4}))
     assert sizes[300] < 1.05 * sizes[50]

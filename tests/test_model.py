@@ -1,4 +1,7 @@
-"""model.py against a NumPy GPT, plain formulas and one-by-one runs. Ids (M1, R7, ...): recipe.md, section 5."""
+"""model.py, its generation and its products, against plain formulas. Ids (M1, R7, ...): docs/method.md.
+
+After an edit of model.py, run this file: it says whether causality, cache, padding and heads still hold.
+"""
 import copy
 import itertools
 import math
@@ -6,107 +9,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import ready
+from helpers import gen, padded
 
+import lib.generate
 import model
-import train_sft
-from model import GPT, GPTConfig, KVCache, RewardModel, sample
+from data.examples import pad
+from lib import fast
+from lib.checks import check_model
+from lib.fast import prepare
+from lib.generate import KVCache, StaticCache, generate
+from model import GPT, GPTConfig, RewardModel, sample
+from train_sft import Config
 
-PROMPTS = [[3], [5, 1, 4, 2, 9], [7, 7], [1, 2, 3, 4, 5, 6, 7], [16, 0, 8], [2, 12], [4, 4, 4, 4], [9, 10, 11, 12, 13, 14]]
-
-
-def padded(rows, fill=0):
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), fill)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-    return tokens, lengths
+PROMPTS = [[3], [5, 1, 4, 2, 9], [7, 7], [1, 2, 3, 4, 5, 6, 7], [16, 0, 8], [2, 12], [4, 4, 4, 4],
+           [9, 10, 11, 12, 13, 14]]
 
 
 def random_tokens(rng, *shape, vocab=17):
     return torch.randint(vocab, shape, generator=rng)
-
-
-# ---- matrix products ----
-
-def product(layer, x, dy):
-    """The layer's output, and the gradients of x, weight and bias."""
-    x = x.clone().requires_grad_()
-    y = layer(x)
-    return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
-
-
-@pytest.mark.parametrize("shape, out", [((3, 7, 24), 40), ((3, 7, 40), 24), ((200, 128), 512), ((1, 16), 8), ((0, 16), 8),
-                                        ((2, 0, 16), 8), ((16,), 8)])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("turned", [True, False])
-@pytest.mark.parametrize("amd", [True, False])
-def test_linear_is_nn_linear_with_its_gradients(rng, monkeypatch, shape, out, bias, turned, amd):
-    monkeypatch.setattr(model, "ON_AMD", amd)
-    layer, plain = model.Linear(shape[-1], out, bias=bias), torch.nn.Linear(shape[-1], out, bias=bias)
-    plain.load_state_dict(layer.state_dict())
-    x, dy = torch.randn(shape, generator=rng), torch.randn(*shape[:-1], out, generator=rng)
-    if turned and x.dim() > 1:  # not contiguous in memory
-        x, dy = x.mT.contiguous().mT, dy.mT.contiguous().mT
-    for ours, theirs in zip(product(layer, x, dy), product(plain, x, dy), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("cpuinfo, processor, amd", [
-    ("vendor_id\t: AuthenticAMD\n", "", True), ("vendor_id\t: GenuineIntel\n", "", False),
-    (None, "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", True), (None, "arm", False)])
-def test_which_cpus_are_amd(monkeypatch, tmp_path, cpuinfo, processor, amd):
-    if cpuinfo:
-        (tmp_path / "cpuinfo").write_text(cpuinfo)
-    monkeypatch.setattr(model, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
-    monkeypatch.setattr(model.platform, "processor", lambda: processor)
-    assert model.cpu_is_amd() is amd
-
-
-def test_linear_takes_onednn_where_it_can_and_pytorch_elsewhere(monkeypatch):
-    layer, x, sizes, real = model.Linear(8, 4), torch.randn(3, 8), [], model.onednn
-    monkeypatch.setattr(model, "onednn", lambda x, *more: sizes.append(len(x)) or real(x, *more))
-    monkeypatch.setattr(model, "ON_AMD", False)
-    assert layer(x).shape == (3, 4) and not sizes
-    monkeypatch.setattr(model, "ON_AMD", True)
-    for N in (1, 3, 127, 128, 129):
-        assert layer(torch.randn(N, 8)).shape == (N, 4)
-    assert sizes == [128, 128, 128, 128, 256]  # few sizes: code is compiled for each of them
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    assert copy.deepcopy(layer).double()(x.double()).dtype == torch.float64
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with model.packed(layer):
-        assert layer.packed is None and layer(x).shape == (3, 4)
-    assert len(sizes) == 5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("amd", [True, False])
-def test_packed_changes_nothing_and_ends(tiny, rng, monkeypatch, amd):
-    monkeypatch.setattr(model, "ON_AMD", amd)
-    gpt, tokens = tiny(vocab_size=4097), random_tokens(rng, 5, 12)  # a head of more than 2**17 numbers
-    expected = gpt(tokens)
-    with pytest.raises(KeyboardInterrupt), model.packed(gpt):
-        layers = [layer for layer in gpt.modules() if isinstance(layer, model.Linear)]
-        assert all((layer.packed is not None) == (amd or layer is gpt.lm_head) for layer in layers)
-        torch.testing.assert_close(gpt(tokens), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(gpt(tokens[:1, :1]), expected[:1, :1], atol=1e-5, rtol=0)
-        raise KeyboardInterrupt
-    gpt.lm_head.weight.mul_(2)  # the copies are gone: the weights themselves are read again
-    assert not torch.isclose(gpt(tokens), expected).all()
-
-
-@torch.no_grad()
-def test_generate_reads_weights_as_they_are_now(tiny, monkeypatch):
-    monkeypatch.setattr(model, "ON_AMD", True)  # where all weights are packed
-    gpt, (tokens, lengths) = tiny(), padded(PROMPTS)
-    before = gpt.generate(tokens, lengths, 8, temperature=0)[0]
-    gpt.trunk.blocks[0].mlp.up.weight.mul_(-3)
-    after = gpt.generate(tokens, lengths, 8, temperature=0)[0]
-    assert not torch.equal(before, after)
-    check_one_by_one(gpt, PROMPTS, 8, temperature=0)
-    assert all(getattr(layer, "packed", None) is None for layer in gpt.modules())
 
 
 # ---- trunk ----
@@ -170,326 +90,13 @@ def test_too_long_is_an_error(tiny):
     gpt = tiny()
     with pytest.raises(ValueError, match="block_size 32"):
         gpt(torch.zeros(1, 33, dtype=torch.long))
-    cache = KVCache(gpt.trunk, 1, 40)
+    cache = KVCache(1, 40, "cpu")
     gpt.trunk(torch.zeros(1, 30, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="block_size 32"):
         gpt.trunk(torch.zeros(1, 3, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="n_head"):
         GPTConfig(d_model=30, n_head=4)
 
-
-def test_recompute_gives_the_same_gradients_and_keeps_less(tiny):
-    tokens, kept = torch.randint(17, (3, 9)), {}
-    grads = {}
-    for recompute in (False, True):
-        gpt = tiny()
-        gpt.trunk.tune(bf16=False, recompute=recompute, compile=False)
-        numbers = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: numbers.append(x.numel()) or x, lambda x: x):
-            loss = gpt(tokens).logsumexp(-1).sum()
-        loss.backward()
-        kept[recompute], grads[recompute] = sum(numbers), [p.grad for p in gpt.parameters()]
-    assert kept[True] < kept[False] / 2
-    for a, b in zip(grads[True], grads[False]):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-
-
-def test_bf16_is_in_the_blocks_only(tiny):
-    gpt, tokens = tiny(), torch.randint(17, (3, 9))
-    plain = gpt.trunk(tokens)
-    gpt.trunk.tune(bf16=True, recompute=False, compile=False)
-    h = gpt.trunk(tokens)
-    assert h.dtype == gpt(tokens).dtype == torch.float32
-    assert not torch.equal(h, plain)
-    torch.testing.assert_close(h, plain, atol=0.1, rtol=0.05)
-
-
-# ---- cache ----
-
-@torch.no_grad()
-@pytest.mark.parametrize("chunks", [[1] * 10, [4, 1, 5], [2, 3, 1, 1, 3]])
-def test_M8_cache_equals_full_forward_at_every_position(tiny, rng, chunks):
-    """Ragged rows, continued token by token or several at once on a cache that is not empty."""
-    gpt = tiny()
-    tokens, lengths = padded(PROMPTS, fill=15)
-    P, B = tokens.shape[1], len(PROMPTS)
-    more = random_tokens(rng, B, sum(chunks))
-    want = [gpt.trunk(torch.cat([tokens[i, :n], more[i]])[None])[0, n:] for i, n in enumerate(lengths)]
-    cache = KVCache(gpt.trunk, B, P + sum(chunks))
-    prefill = gpt.trunk(tokens, cache)
-    torch.testing.assert_close(prefill, gpt.trunk(tokens), atol=1e-4, rtol=0)
-    cache.trim(lengths)
-    got = torch.cat([gpt.trunk(part, cache) for part in more.split(chunks, 1)], 1)
-    torch.testing.assert_close(got, torch.stack(want), atol=1e-4, rtol=0)
-    assert cache.length.tolist() == [n + sum(chunks) for n in lengths]
-
-
-@torch.no_grad()
-def test_cache_keep_forgets_only_the_other_rows(tiny, rng):
-    gpt, tokens, more = tiny(), random_tokens(rng, 4, 6), random_tokens(rng, 4, 3)
-    cache = KVCache(gpt.trunk, 4, 9)
-    gpt.trunk(tokens, cache)
-    rows = torch.tensor([False, True, False, True])
-    cache.keep(rows)
-    want = gpt.trunk(torch.cat([tokens, more], 1)[rows])[:, 6:]
-    torch.testing.assert_close(gpt.trunk(more[rows], cache), want, atol=1e-4, rtol=0)
-
-
-# ---- generate ----
-
-@pytest.fixture
-def kept(monkeypatch):
-    """Sizes of the batches that generate goes on with after dropping rows."""
-    sizes, keep = [], KVCache.keep
-    monkeypatch.setattr(KVCache, "keep", lambda self, rows: (sizes.append(int(rows.sum())), keep(self, rows)))
-    return sizes
-
-
-def check_one_by_one(gpt, prompts, new, **how):
-    """Batched generation = each prompt alone, drawing from one generator in turn; returns the rows."""
-    tokens, lengths = padded(prompts)
-    before = tokens.clone()
-    out, n = gpt.generate(tokens, lengths, new, generator=torch.Generator().manual_seed(5), **how)
-    assert torch.equal(tokens, before) and lengths.tolist() == [len(p) for p in prompts]  # inputs are left alone
-    generator, rows = torch.Generator().manual_seed(5), []
-    for i, prompt in enumerate(prompts):
-        alone, m = gpt.generate(torch.tensor([prompt]), torch.tensor([len(prompt)]), new, generator=generator, **how)
-        row = out[i, : n[i]].tolist()
-        assert row == alone[0].tolist() and n[i] == m[0] == len(row)
-        assert row[: len(prompt)] == prompt and (out[i, n[i] :] == 0).all()  # M11, and zeros beyond
-        eos = how.get("eos")
-        response = row[len(prompt) :]
-        assert eos not in response[:-1]
-        assert len(response) == new or response[-1] == eos
-        rows.append(row)
-    assert out.shape[1] == int(n.max())
-    return rows
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_M6_greedy_batch_equals_one_by_one(tiny, kept, seed):
-    gpt = tiny(seed)
-    rows = check_one_by_one(gpt, PROMPTS, 20, temperature=0)
-    for row, prompt in zip(rows, PROMPTS):  # and equals the definition, without a cache
-        for t in range(len(prompt), len(row)):
-            assert row[t] == int(gpt(torch.tensor([row[:t]]))[0, -1].argmax())
-    assert not kept
-    responses = [row[len(prompt) :] for row, prompt in zip(rows, PROMPTS)]
-    eos = max(range(17), key=lambda v: len({r.index(v) for r in responses if v in r}))  # ends rows at many places
-    check_one_by_one(gpt, PROMPTS, 20, temperature=0, eos=eos)
-
-
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8},
-                                 {"eos": 4, "temperature": 3.0}, {"eos": 0, "temperature": 3.0},
-                                 {"eos": 3, "temperature": 4.0, "top_k": 12, "top_p": 0.95}], ids=str)
-def test_M7_sampled_batch_equals_one_by_one(tiny, kept, how):
-    rows = check_one_by_one(tiny(3), PROMPTS * 2, 24, **how)
-    if "eos" in how:  # rows were dropped while others went on
-        assert kept and len({len(row) for row in rows}) > 1
-
-
-def test_by_default_the_model_itself_is_sampled(tiny, rng):
-    """generate, sample and logps at temperature 1 with no filter and no eos, to the last digit."""
-    gpt, logits, uniform = tiny(), torch.randn(2000, 17, generator=rng), torch.rand(2000, generator=rng)
-    batch = padded(PROMPTS * 20)
-    default, plain = (gpt.generate(*batch, 20, generator=torch.Generator().manual_seed(1), **how)
-                      for how in ({}, {"temperature": 1.0, "top_k": None, "top_p": None, "eos": None}))
-    assert torch.equal(default[0], plain[0]) and (default[1] == batch[1] + 20).all()
-    assert torch.equal(sample(logits, uniform), sample(logits, uniform, 1.0, None, None))
-    h, targets = torch.randn(9, 32, generator=rng), random_tokens(rng, 9)
-    assert torch.equal(gpt.logps(h, targets), gpt.logps(h, targets, 1.0))
-
-
-def test_generate_stops_at_the_first_new_eos_only(tiny, monkeypatch):
-    """An eos in the prompt ends nothing; the new one is counted, and what follows it is 0."""
-    gpt = tiny()
-    monkeypatch.setattr(gpt.lm_head, "forward", lambda h: torch.nn.functional.one_hot(script.pop(0), 17) * 50.0)
-    script = [torch.tensor([5, 6, 5]), torch.tensor([6, 5]), torch.tensor([2])]  # rows that are done are dropped
-    tokens, lengths = gpt.generate(*padded([[6, 6], [6], [1, 2]]), 3, eos=6)
-    assert lengths.tolist() == [4, 2, 5]
-    assert tokens.tolist() == [[6, 6, 5, 6, 0], [6, 6, 0, 0, 0], [1, 2, 5, 5, 2]]
-    assert not script
-
-
-def test_top_p_0_keeps_the_likeliest(rng):
-    logits = torch.randn(8, 17, generator=rng)
-    assert torch.equal(sample(logits, torch.rand(8, generator=rng), top_p=0.0), logits.argmax(-1))
-
-
-def test_generate_stops_altogether_when_all_rows_have(tiny, monkeypatch):
-    gpt = tiny()
-    steps = []
-    monkeypatch.setattr(gpt.lm_head, "forward",
-                        lambda h: steps.append(1) or torch.nn.functional.one_hot(torch.full((len(h),), 6), 17) * 50.0)
-    tokens, lengths = gpt.generate(*padded([[1, 2], [3]]), 20, eos=6)
-    assert len(steps) == 1 and tokens.tolist() == [[1, 2, 6], [3, 6, 0]] and lengths.tolist() == [3, 2]
-
-
-def test_M11_prompt_is_never_cropped(tiny):
-    gpt = tiny()
-    with pytest.raises(ValueError, match="block_size 32"):
-        gpt.generate(torch.zeros(1, 20, dtype=torch.long), torch.tensor([20]), 13)
-    tokens, lengths = gpt.generate(torch.ones(2, 20, dtype=torch.long), torch.tensor([20, 3]), 12)
-    assert tokens.shape == (2, 32) and lengths.tolist() == [32, 15]
-    tokens, lengths = gpt.generate(*padded([[1, 2], [3]]), 0)
-    assert tokens.tolist() == [[1, 2], [3, 0]] and lengths.tolist() == [2, 1]
-
-
-@pytest.mark.parametrize("how", [{}, {"temperature": 0}, {"eos": 4, "temperature": 3.0}], ids=str)
-def test_static_steps_change_nothing_whatever_the_memory_held(tiny, kept, monkeypatch, how):
-    """As --compile takes them on a GPU; no row is dropped then. Poison stands where nothing was written yet."""
-    def poisoned(self, cache, S):
-        make(self, cache, S)
-        for x in self.buffers():
-            x.fill_(math.nan if x.is_floating_point() else 1)
-
-    gpt, make = tiny(3), model.StaticCache.__init__
-    draw = lambda: gpt.generate(*padded(PROMPTS), 20, generator=torch.Generator().manual_seed(5), **how)
-    want = draw()
-    kept.clear()
-    monkeypatch.setattr(model.StaticCache, "__init__", poisoned)
-    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-    gpt.trunk.static = True
-    for _ in range(2):  # the second one meets what the first one left
-        assert all(torch.equal(a, b) for a, b in zip(draw(), want))
-    assert not kept
-
-
-def test_static_steps_are_one_graph_at_one_address(tiny, monkeypatch):
-    """What a CUDA graph needs: one trace for all steps, of prompts of any length, and buffers that stay where they are."""
-    torch._dynamo.reset()
-    gpt, graphs, compile, places = tiny(), [], torch.compile, []
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    def counted(function, mode, dynamic):
-        assert (mode, dynamic) == ("reduce-overhead", False)
-        return compile(function, backend=keep, dynamic=dynamic, fullgraph=True)
-
-    monkeypatch.setattr(torch, "compile", counted)
-    gpt.trunk.static = True
-    for prompts, new, count in ((PROMPTS, 20, 1), (PROMPTS[::-1], 9, 1), ([[1]] * 8, 25, 1), ([[1, 2]] * 3, 5, 2)):
-        gpt.generate(*padded(prompts), new)
-        assert len(graphs) == count
-        places.append([x.data_ptr() for x in gpt.static_cache.buffers()])
-    assert places[0] == places[1] == places[2] and gpt.static_cache.hidden.shape == (3, 128)
-    long = tiny(block_size=200)
-    long.trunk.static = True
-    for P, S in ((140, 256), (3, 256), (120, 256)):  # it grows only: each size is compiled
-        long.generate(*padded([[1] * P]), 5)
-        assert long.static_cache.hidden.shape == (1, S)
-    assert list(gpt.state_dict()) == list(tiny().state_dict())  # nothing of it gets into a checkpoint
-
-
-def test_static_steps_are_for_compile_on_a_gpu(tiny, monkeypatch):
-    """ready asks on the device where the model will be."""
-    places, tune = [], model.Trunk.tune
-    monkeypatch.setattr(model.Trunk, "tune", lambda self, *how: (places.append(self.wte.weight.device.type), tune(self, *how)))
-    ready(tiny(), train_sft.Config(), torch.device("meta"))
-    assert places == ["meta"]
-    monkeypatch.setattr(model.Trunk, "compile", lambda self, dynamic: None)
-    for compile, is_cuda in itertools.product((False, True), repeat=2):
-        trunk = tiny().trunk
-        del trunk.wte
-        trunk.wte = SimpleNamespace(weight=SimpleNamespace(is_cuda=is_cuda, device=torch.device("cpu")))
-        trunk.tune(False, False, compile)
-        assert trunk.static == (compile and is_cuda)
-
-
-def test_generate_ignores_what_stands_in_the_pads(tiny):
-    gpt = tiny()
-    for new in (1, 10):  # with 1 some of the pads are not written over
-        zeros, sevens = (gpt.generate(*padded(PROMPTS, fill), new, temperature=0) for fill in (0, 7))
-        assert torch.equal(zeros[0], sevens[0]) and torch.equal(zeros[1], sevens[1])
-
-
-# ---- sample ----
-
-def grid_counts(logits, n=100_000, **how):
-    """Share of each token over an even grid of uniforms in [0,1)."""
-    uniform = (torch.arange(n) + 0.5) / n
-    return sample(logits.expand(n, -1), uniform, **how).bincount(minlength=len(logits)) / n
-
-
-@pytest.mark.parametrize("T", [0.5, 0.7, 1.0])
-def test_M9_frequencies_match_softmax(rng, T):
-    logits, n = torch.randn(9, generator=rng), 20_000
-    p = (logits.double() / T).softmax(-1)
-    torch.testing.assert_close(grid_counts(logits, temperature=T).double(), p, atol=3e-5, rtol=0)
-    got = sample(logits.expand(n, -1), torch.rand(n, generator=rng), T).bincount(minlength=9)
-    assert ((got - n * p) ** 2 / (n * p)).sum() < 26.12  # chi-square, 8 degrees of freedom, p = 1e-3
-
-
-def test_temperature_0_takes_the_likeliest(rng):
-    logits = torch.randn(50, 17, generator=rng)
-    assert torch.equal(sample(logits, torch.rand(50, generator=rng), temperature=0), logits.argmax(-1))
-
-
-P = torch.tensor([0.05, 0.3, 0.0, 0.5, 0.15])  # likeliest first: 3, 1, 4, 0; never 2
-
-
-@pytest.mark.parametrize("how, left", [
-    ({"top_k": 1}, [3]), ({"top_k": 2}, [1, 3]), ({"top_k": 4}, [0, 1, 3, 4]), ({"top_k": 99}, [0, 1, 3, 4]),
-    ({"top_p": 0.4}, [3]), ({"top_p": 0.6}, [1, 3]), ({"top_p": 0.9}, [1, 3, 4]), ({"top_p": 0.96}, [0, 1, 3, 4]),
-    ({"top_p": 1.0}, [0, 1, 3, 4]), ({"top_k": 2, "top_p": 0.6}, [3]), ({"top_k": 3, "top_p": 0.7}, [1, 3])], ids=str)
-def test_top_k_and_top_p_keep_the_smallest_set(how, left):
-    """top_p keeps the fewest whose probabilities reach it, among those that top_k leaves; the rest grow alike."""
-    want = torch.zeros(5)
-    want[left] = P[left] / P[left].sum()
-    torch.testing.assert_close(grid_counts(P.log(), **how), want, atol=3e-5, rtol=0)
-
-
-def test_top_p_looks_at_the_probabilities_after_the_temperature():
-    """At T=.5 they are .09:.9:... of .685 and .247, so .9 needs two; at T=1 it needs three."""
-    assert (grid_counts(P.log(), temperature=0.5, top_p=0.9) > 0).tolist() == [False, True, False, True, False]
-
-
-@pytest.mark.parametrize("zeros", [[0], [16], [0, 1, 2, 15, 16], list(range(16)), list(range(1, 17))], ids=str)
-def test_no_token_of_probability_0(rng, zeros):
-    """Not for the smallest and the largest number that torch.rand gives, wherever the zeros stand."""
-    logits = torch.randn(300, 17, generator=rng) * 3
-    logits[:, zeros] = -torch.inf
-    for uniform in (0.0, 2**-24, 0.5, 1 - 2**-24):
-        token = sample(logits, torch.full((300,), uniform))
-        assert not torch.isin(token, torch.tensor(zeros)).any() and token.max() < 17
-    tiny_tail = torch.tensor([[0.0, -200.0, -torch.inf]])  # exp(-200) is 0 in float32
-    assert [int(sample(tiny_tail, torch.tensor([u]))) for u in (0.0, 1 - 2**-24)] == [0, 0]
-
-
-# ---- logps ----
-
-@pytest.mark.parametrize("pieces", [2**24, 17 * 6, 1], ids=["whole", "six", "single"])
-def test_logps_in_pieces_equal_the_plain_formula_with_gradients(tiny, rng, monkeypatch, pieces):
-    monkeypatch.setattr(model, "LOGITS_AT_ONCE", pieces)
-    gpt, plain = tiny(), tiny()
-    tokens, weight = random_tokens(rng, 2, 10), torch.randn(20, generator=rng)
-    targets = random_tokens(rng, 20)
-    got = gpt.logps(gpt.trunk(tokens).reshape(20, 32), targets, temperature=0.7)
-    want = (plain(tokens).reshape(20, 17) / 0.7).log_softmax(-1)[range(20), targets]
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    (got @ weight).backward()
-    (want @ weight).backward()
-    for (name, p), q in zip(gpt.named_parameters(), plain.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4, msg=name)
-
-
-def test_logps_never_holds_all_logits(tiny, rng, monkeypatch):
-    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 17 * 6)
-    gpt, seen = tiny(), []
-    gpt.lm_head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    gpt.logps(torch.randn(20, 32, generator=rng), random_tokens(rng, 20))
-    assert seen == [6, 6, 6, 2]
-
-
-def test_M14_log_softmax_in_float32(tiny, rng):
-    gpt = tiny().bfloat16()
-    h, targets = torch.randn(20, 32, generator=rng).bfloat16(), random_tokens(rng, 20)
-    got, logits = gpt.logps(h, targets), gpt.lm_head(h)
-    assert got.dtype == torch.float32 and logits.dtype == torch.bfloat16
-    torch.testing.assert_close(got, logits.float().log_softmax(-1)[range(20), targets], atol=1e-6, rtol=0)
-    assert RewardModel.from_gpt(gpt).bfloat16()(targets[None]).dtype == torch.float32
 
 
 # ---- heads ----
@@ -541,16 +148,18 @@ def test_real_sizes():
 
 
 def test_how_weights_start():
-    """0.02 at GPT-2's width, wider for narrower nets; the ends of the 2L residual branches smaller; biases 0, norms 1."""
+    """0.02 at GPT-2's width, wider for narrower nets, residual branches smaller; biases 0, norms 1."""
     torch.manual_seed(0)
     for C, L, std in ((768, 1, 0.02), (192, 2, 0.04)):
         trunk = model.Trunk(GPTConfig(vocab_size=500, block_size=300, n_layer=L, n_head=2, d_model=C))
         for name, p in trunk.named_parameters():
             if p.dim() > 1:
                 want = std / math.sqrt(2 * L) if ".proj." in name else std
-                assert p.std().item() == pytest.approx(want, rel=0.03) and abs(p.mean().item()) < std / 50, name
+                assert p.std().item() == pytest.approx(want, rel=0.03), name
+                assert abs(p.mean().item()) < std / 50, name
             else:
-                assert (p == (1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0)).all(), name
+                norm = ".ln_" in f".{name}" and name.endswith("weight")
+                assert (p == (1.0 if norm else 0.0)).all(), name
 
 
 def test_R9_head_init():
@@ -574,7 +183,7 @@ def rm(request, tiny):
 
 
 def plain_score(rm, row):
-    """The definition, on one text without pads."""
+    """The definition, on one text without padding."""
     if rm.pool == "token":
         x = torch.cat([rm.trunk.wte(torch.tensor(row)), rm.reward_token[None]])
         h = rm.trunk(x[None])[0, -1]
@@ -586,15 +195,14 @@ def plain_score(rm, row):
 
 @torch.no_grad()
 def test_R1_R7_R8_score_is_the_definition_in_any_batch(rm, rng):
-    """Alone, in a batch, in another order, with any pads to the right; texts of length 1 too."""
+    """Alone, in a batch, in another order, with any padding to the right; texts of length 1, too."""
     tokens, lengths = padded(PROMPTS)
     want = torch.stack([plain_score(rm, row) for row in PROMPTS])
     torch.testing.assert_close(rm.score(tokens, lengths), want, atol=1e-5, rtol=0)
     order = torch.randperm(len(PROMPTS), generator=rng)
     torch.testing.assert_close(rm.score(tokens[order], lengths[order]), want[order], atol=1e-5, rtol=0)
     for i, row in enumerate(PROMPTS):
-        torch.testing.assert_close(rm.score(torch.tensor([row]), torch.tensor([len(row)])), want[i : i + 1],
-                                   atol=1e-5, rtol=0)
+        torch.testing.assert_close(rm.score(*pad([row])), want[i : i + 1], atol=1e-5, rtol=0)
     for fill in range(17):
         more = torch.cat([padded(PROMPTS, fill)[0], torch.full((len(PROMPTS), fill), fill)], 1)
         torch.testing.assert_close(rm.score(more, lengths), want, atol=1e-5, rtol=0)
@@ -633,14 +241,14 @@ def test_R3_poison_in_the_pads_reaches_neither_score_nor_gradient(rm):
     for poison in (1e6, -1e6):
         got, got_grads = poisoned(rm, tokens, lengths, poison)
         assert torch.equal(score, got)
-        for a, b in zip(grads, got_grads):
+        for a, b in zip(grads, got_grads, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     assert torch.equal(score, poisoned(rm, tokens, lengths, math.nan)[0])
 
 
 def test_R7_mean_of_a_constant_and_max_of_negatives(tiny, monkeypatch):
     gpt, (tokens, lengths) = tiny(), padded(PROMPTS)
-    state = -torch.arange(1.0, 33)  # all negative, so a pad of 0 would win the maximum
+    state = -torch.arange(1.0, 33)  # all negative, so padding of 0 would win the maximum
     for pool in ("mean", "max"):
         rm = RewardModel.from_gpt(gpt, pool)
         monkeypatch.setattr(rm.trunk, "forward", lambda tokens: state.expand(*tokens.shape, 32))
@@ -662,3 +270,604 @@ def test_R7_reward_token_is_no_vocabulary_entry(tiny, rng):
     assert torch.equal(rm.trunk(tokens), gpt.trunk(tokens))
     with pytest.raises(ValueError, match="block_size"):
         rm.score(torch.zeros(1, 32, dtype=torch.long), torch.tensor([32]))
+
+
+@torch.no_grad()
+def test_room_is_the_longest_text_that_score_takes(rm):
+    assert rm.room == (31 if rm.pool == "token" else 32)
+    assert rm.score(*pad([[3] * rm.room])).isfinite().all()
+    with pytest.raises(ValueError, match="block_size"):
+        rm.score(*pad([[3] * (rm.room + 1)]))
+
+
+# ---- logps ----
+
+@pytest.mark.parametrize("pieces", [2**24, 17 * 6, 1], ids=["whole", "six", "single"])
+def test_logps_in_pieces_equal_the_plain_formula_with_gradients(tiny, rng, monkeypatch, pieces):
+    monkeypatch.setattr(GPT, "LOGITS_AT_ONCE", pieces)
+    gpt, plain = tiny(), tiny()
+    tokens, weight = random_tokens(rng, 2, 10), torch.randn(20, generator=rng)
+    targets = random_tokens(rng, 20)
+    got = gpt.logps(gpt.trunk(tokens).reshape(20, 32), targets, temperature=0.7)
+    want = (plain(tokens).reshape(20, 17) / 0.7).log_softmax(-1)[range(20), targets]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    (got @ weight).backward()
+    (want @ weight).backward()
+    for (name, p), q in zip(gpt.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_logps_never_holds_all_logits(tiny, rng, monkeypatch):
+    monkeypatch.setattr(GPT, "LOGITS_AT_ONCE", 17 * 6)
+    gpt, seen = tiny(), []
+    gpt.lm_head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    gpt.logps(torch.randn(20, 32, generator=rng), random_tokens(rng, 20))
+    assert seen == [6, 6, 6, 2]
+
+
+def test_M14_log_softmax_in_float32(tiny, rng):
+    gpt = tiny().bfloat16()
+    h, targets = torch.randn(20, 32, generator=rng).bfloat16(), random_tokens(rng, 20)
+    got, logits = gpt.logps(h, targets), gpt.lm_head(h)
+    assert got.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    torch.testing.assert_close(got, logits.float().log_softmax(-1)[range(20), targets], atol=1e-6, rtol=0)
+    assert RewardModel.from_gpt(gpt).bfloat16()(targets[None]).dtype == torch.float32
+
+
+# ---- sample ----
+
+def grid_counts(logits, n=100_000, **how):
+    """Share of each token over an even grid of uniforms in [0,1)."""
+    uniform = (torch.arange(n) + 0.5) / n
+    return sample(logits.expand(n, -1), uniform, **how).bincount(minlength=len(logits)) / n
+
+
+@pytest.mark.parametrize("T", [0.5, 0.7, 1.0])
+def test_M9_frequencies_match_softmax(rng, T):
+    logits, n = torch.randn(9, generator=rng), 20_000
+    p = (logits.double() / T).softmax(-1)
+    torch.testing.assert_close(grid_counts(logits, temperature=T).double(), p, atol=3e-5, rtol=0)
+    got = sample(logits.expand(n, -1), torch.rand(n, generator=rng), T).bincount(minlength=9)
+    assert ((got - n * p) ** 2 / (n * p)).sum() < 26.12  # chi-square, 8 degrees of freedom, p = 1e-3
+
+
+def test_temperature_0_takes_the_likeliest(rng):
+    logits = torch.randn(50, 17, generator=rng)
+    assert torch.equal(sample(logits, torch.rand(50, generator=rng), temperature=0), logits.argmax(-1))
+
+
+def test_top_p_0_keeps_the_likeliest(rng):
+    logits = torch.randn(8, 17, generator=rng)
+    assert torch.equal(sample(logits, torch.rand(8, generator=rng), top_p=0.0), logits.argmax(-1))
+
+
+P = torch.tensor([0.05, 0.3, 0.0, 0.5, 0.15])  # likeliest first: 3, 1, 4, 0; never 2
+
+
+@pytest.mark.parametrize("how, left", [
+    ({"top_k": 1}, [3]), ({"top_k": 2}, [1, 3]), ({"top_k": 4}, [0, 1, 3, 4]), ({"top_k": 99}, [0, 1, 3, 4]),
+    ({"top_p": 0.4}, [3]), ({"top_p": 0.6}, [1, 3]), ({"top_p": 0.9}, [1, 3, 4]),
+    ({"top_p": 0.96}, [0, 1, 3, 4]), ({"top_p": 1.0}, [0, 1, 3, 4]), ({"top_k": 2, "top_p": 0.6}, [3]),
+    ({"top_k": 3, "top_p": 0.7}, [1, 3])], ids=str)
+def test_top_k_and_top_p_keep_the_smallest_set(how, left):
+    """top_p keeps the fewest, of those top_k leaves, whose probabilities reach it; they are renormalised."""
+    want = torch.zeros(5)
+    want[left] = P[left] / P[left].sum()
+    torch.testing.assert_close(grid_counts(P.log(), **how), want, atol=3e-5, rtol=0)
+
+
+def test_top_p_looks_at_the_probabilities_after_the_temperature():
+    """At T=.5 the two likeliest have .685 and .247, so .9 needs two; at T=1 it needs three."""
+    assert grid_counts(P.log(), temperature=0.5, top_p=0.9).nonzero().flatten().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("zeros", [[0], [16], [0, 1, 2, 15, 16], [*range(16)], [*range(1, 17)]], ids=str)
+def test_no_token_of_probability_0(rng, zeros):
+    """Not for the smallest and the largest number that torch.rand gives, wherever the zeros stand."""
+    logits = torch.randn(300, 17, generator=rng) * 3
+    logits[:, zeros] = -torch.inf
+    for uniform in (0.0, 2**-24, 0.5, 1 - 2**-24):
+        token = sample(logits, torch.full((300,), uniform))
+        assert not torch.isin(token, torch.tensor(zeros)).any() and token.max() < 17
+    tiny_tail = torch.tensor([[0.0, -200.0, -torch.inf]])  # exp(-200) is 0 in float32
+    assert [int(sample(tiny_tail, torch.tensor([u]))) for u in (0.0, 1 - 2**-24)] == [0, 0]
+
+
+# ---- generate: the naive one of model.py and the fast one of lib/generate.py ----
+
+@pytest.fixture
+def ready(tiny):
+    """ready(seed=0, **sizes) -> a tiny GPT that computes as the scripts have it on this CPU."""
+    return lambda seed=0, **sizes: prepare(tiny(seed, **sizes))
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Numbers of rows that the fast one goes on with after dropping some."""
+    sizes, keep = [], KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda self, rows: (sizes.append(int(rows.sum())), keep(self, rows)))
+    return sizes
+
+
+slow = pytest.mark.slow
+both = pytest.mark.parametrize("generate", [GPT.generate, generate], ids=["naive", "fast"])
+HOW = [{}, {"temperature": 0}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8},
+       {"eos": 4, "temperature": 3.0}, {"eos": 0, "temperature": 3.0},
+       {"eos": 3, "temperature": 4.0, "top_k": 12, "top_p": 0.95}]
+
+
+def slow_but(cases, *quick):
+    """The cases as parameters, all marked slow but the `quick` ones."""
+    return [pytest.param(case, marks=() if case in quick else slow) for case in cases]
+
+
+def equal(*results):
+    """Whether two results of generate, (tokens, lengths), are the same."""
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", slow_but(HOW, *HOW[:2], *HOW[-2:]), ids=str)
+def test_naive_generation_is_its_definition(tiny, how):
+    """A row at a time, the text alone without any padding, from the same row of random numbers."""
+    gpt, new, eos, how = tiny(3), 9, how.get("eos"), {k: x for k, x in how.items() if k != "eos"}
+    tokens, lengths = gpt.generate(*padded(PROMPTS, 7), new, eos=eos, generator=gen(5), **how)
+    uniform = torch.rand(len(PROMPTS), new, generator=gen(5))
+    for prompt, got, n, us in zip(PROMPTS, tokens.tolist(), lengths.tolist(), uniform, strict=True):
+        text = list(prompt)
+        for u in us:
+            text.append(int(sample(gpt(torch.tensor([text]))[:, -1], u[None], **how)))
+            if text[-1] == eos:
+                break
+        assert got == text + [0] * (len(got) - len(text)) and n == len(text)
+
+
+@pytest.mark.parametrize("how", slow_but(HOW, *HOW[:2], *HOW[-3:]), ids=str)
+def test_fast_generation_draws_the_tokens_of_the_naive_one(tiny, kept, how):
+    """Ragged prompts and a single row, with any padding, rows that end early, and 0, 1 or many new tokens;
+    the generators are left in the same state. The naive one runs on plain layers."""
+    plain = tiny(3)
+    gpt = prepare(copy.deepcopy(plain))
+    for prompts, new, fill in ((PROMPTS * 2, 24, 7), (PROMPTS, 1, 7), (PROMPTS, 0, 7), (PROMPTS[1:2], 24, 0),
+                               (PROMPTS[:1], 1, 0), (PROMPTS[1:2], 0, 0)):
+        one, other, batch = gen(new), gen(new), padded(prompts, fill)
+        naive = plain.generate(*batch, new, generator=one, **how)
+        assert equal(naive, generate(gpt, *batch, new, generator=other, **how))
+        assert torch.equal(one.get_state(), other.get_state())
+        assert naive[0].shape[1] == int(naive[1].max()) and (naive[1] <= batch[1] + new).all()
+    assert bool(kept) == ("eos" in how)
+
+
+class GroupedAttention(model.Attention):
+    """Grouped-query attention (Ainslie et al. 2023), as one would write it: two heads read each key."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.qkv = torch.nn.Linear(config.d_model, 2 * config.d_model, bias=config.bias)
+
+    def forward(self, x, positions, cache=None):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 2 * self.n_head, C // self.n_head).transpose(1, 2)
+        q, k, v = qkv.split([self.n_head, self.n_head // 2, self.n_head // 2], 1)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        weights = q @ k.transpose(2, 3) / math.sqrt(C // self.n_head)
+        mask = torch.ones(T, T, dtype=torch.bool).triu(1) if cache is None else cache.mask
+        y = weights.masked_fill(mask, -torch.inf).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_caches_take_any_number_of_key_heads(tiny, kept, monkeypatch, static):
+    """Grouped-query attention is an edit of model.py alone: the caches go by the keys that they are given."""
+    monkeypatch.setattr(model, "Attention", GroupedAttention)
+    gpt = tiny(3, n_head=4)
+    check_model(gpt)
+    cache = KVCache(2, 9, "cpu")
+    gpt.trunk(torch.ones(2, 5, dtype=torch.long), cache)
+    assert cache.k[1].shape == cache.v[1].shape == (2, 2, 9, 8)
+    monkeypatch.setattr(lib.generate, "static_steps", lambda gpt: static)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    naive, quick = (generate(gpt, *padded(PROMPTS), 20, eos=3, temperature=3.0, generator=gen(1))
+                    for generate in (GPT.generate, lib.generate.generate))
+    assert equal(naive, quick)
+    assert len(set(naive[1].tolist())) > 3 and bool(kept) != static
+
+
+def check_one_by_one(gpt, prompts, new, **how):
+    """Batched generation = each prompt alone, drawing from one generator in turn; returns the rows."""
+    tokens, lengths = padded(prompts)
+    before = tokens.clone()
+    out, n = generate(gpt, tokens, lengths, new, generator=gen(5), **how)
+    assert torch.equal(tokens, before) and lengths.tolist() == [len(p) for p in prompts]  # inputs stay
+    generator, rows = gen(5), []
+    for i, prompt in enumerate(prompts):
+        alone, m = generate(gpt, *padded([prompt]), new, generator=generator, **how)
+        row = out[i, : n[i]].tolist()
+        assert row == alone[0].tolist() and n[i] == m[0] == len(row)
+        assert row[: len(prompt)] == prompt and (out[i, n[i] :] == 0).all()  # M11, and zeros beyond
+        eos = how.get("eos")
+        response = row[len(prompt) :]
+        assert eos not in response[:-1]
+        assert len(response) == new or response[-1] == eos
+        rows.append(row)
+    assert out.shape[1] == int(n.max())
+    return rows
+
+
+@slow
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_M6_greedy_batch_equals_one_by_one(ready, kept, seed):
+    gpt = ready(seed)
+    rows = check_one_by_one(gpt, PROMPTS, 20, temperature=0)
+    for row, prompt in zip(rows, PROMPTS, strict=True):  # and equals the definition, without a cache
+        logits = gpt(torch.tensor([row[:-1]]))[0, len(prompt) - 1 :]  # of the text before each new token
+        assert row[len(prompt) :] == logits.argmax(-1).tolist()
+    assert not kept
+    responses = [row[len(prompt) :] for row, prompt in zip(rows, PROMPTS, strict=True)]
+    ends = [len({r.index(v) for r in responses if v in r}) for v in range(17)]
+    eos = ends.index(max(ends))  # the token that ends rows at the most places
+    check_one_by_one(gpt, PROMPTS, 20, temperature=0, eos=eos)
+
+
+@pytest.mark.parametrize("how", slow_but([{}, *HOW[2:]], HOW[-1]), ids=str)
+def test_M7_sampled_batch_equals_one_by_one(ready, kept, how):
+    rows = check_one_by_one(ready(3), PROMPTS * 2, 24, **how)
+    if "eos" in how:  # rows were dropped while others went on
+        assert kept and len({len(row) for row in rows}) > 1
+
+
+@slow
+@both
+def test_by_default_the_model_itself_is_sampled(tiny, rng, generate):
+    """generate, sample and logps at temperature 1 with no filter and no eos, to the last digit."""
+    gpt, logits, uniform = tiny(), torch.randn(2000, 17, generator=rng), torch.rand(2000, generator=rng)
+    batch = padded(PROMPTS * 20)
+    default, plain = (generate(gpt, *batch, 20, generator=gen(1), **how)
+                      for how in ({}, {"temperature": 1.0, "top_k": None, "top_p": None, "eos": None}))
+    assert torch.equal(default[0], plain[0]) and (default[1] == batch[1] + 20).all()
+    assert torch.equal(sample(logits, uniform), sample(logits, uniform, 1.0, None, None))
+    h, targets = torch.randn(9, 32, generator=rng), random_tokens(rng, 9)
+    assert torch.equal(gpt.logps(h, targets), gpt.logps(h, targets, 1.0))
+
+
+def test_generate_stops_at_the_first_new_eos_only(tiny, monkeypatch):
+    """An eos in the prompt ends nothing; the new one is counted, and what follows it is 0."""
+    gpt = tiny()
+    monkeypatch.setattr(gpt.lm_head, "forward",
+                        lambda h: torch.nn.functional.one_hot(script.pop(0), 17) * 50.0)
+    script = [torch.tensor([5, 6, 5]), torch.tensor([6, 5]), torch.tensor([2])]  # finished rows are dropped
+    tokens, lengths = generate(gpt, *padded([[6, 6], [6], [1, 2]]), 3, eos=6)
+    assert lengths.tolist() == [4, 2, 5]
+    assert tokens.tolist() == [[6, 6, 5, 6, 0], [6, 6, 0, 0, 0], [1, 2, 5, 5, 2]]
+    assert not script
+
+
+def test_generate_stops_altogether_when_all_rows_have(tiny, monkeypatch):
+    gpt = tiny()
+    steps = []
+    monkeypatch.setattr(gpt.lm_head, "forward", lambda h: steps.append(1) or torch.nn.functional.one_hot(
+        torch.full((len(h),), 6), 17) * 50.0)
+    tokens, lengths = generate(gpt, *padded([[1, 2], [3]]), 20, eos=6)
+    assert len(steps) == 1 and tokens.tolist() == [[1, 2, 6], [3, 6, 0]] and lengths.tolist() == [3, 2]
+
+
+@both
+def test_M11_prompt_is_never_cropped(tiny, generate):
+    gpt = tiny()
+    with pytest.raises(ValueError, match="block_size 32"):
+        generate(gpt, torch.zeros(1, 20, dtype=torch.long), torch.tensor([20]), 13)
+    tokens, lengths = generate(gpt, torch.ones(2, 20, dtype=torch.long), torch.tensor([20, 3]), 12)
+    assert tokens.shape == (2, 32) and lengths.tolist() == [32, 15]
+    tokens, lengths = generate(gpt, *padded([[1, 2], [3]]), 0)
+    assert tokens.tolist() == [[1, 2], [3, 0]] and lengths.tolist() == [2, 1]
+
+
+@both
+def test_generate_ignores_what_stands_in_the_pads(ready, generate):
+    gpt = ready()
+    for new in (1, 10):  # with 1 some of the padding is not written over
+        zeros, sevens = (generate(gpt, *padded(PROMPTS, fill), new, temperature=0) for fill in (0, 7))
+        assert equal(zeros, sevens)
+
+
+@torch.no_grad()
+def test_generate_reads_weights_as_they_are_now(ready, monkeypatch):
+    monkeypatch.setattr(fast, "ON_AMD", True)  # where all weights are packed
+    gpt, (tokens, lengths) = ready(), padded(PROMPTS)
+    before = generate(gpt, tokens, lengths, 8, temperature=0)[0]
+    gpt.trunk.blocks[0].mlp.up.weight.mul_(-3)
+    after = generate(gpt, tokens, lengths, 8, temperature=0)[0]
+    assert not torch.equal(before, after)
+    check_one_by_one(gpt, PROMPTS, 8, temperature=0)
+    assert all(getattr(layer, "packed", None) is None for layer in gpt.modules())
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0}, {"eos": 4, "temperature": 3.0}], ids=str)
+def test_static_steps_change_nothing_whatever_the_memory_held(ready, kept, monkeypatch, how):
+    """As --compile takes them on a GPU; no row is dropped then. Poison stands where nothing was written."""
+    make = StaticCache.__init__
+
+    def poisoned(self, cache, S):
+        make(self, cache, S)
+        for x in self.buffers():
+            x.fill_(math.nan if x.is_floating_point() else 1)
+
+    gpt = ready(3)
+
+    def draw():
+        return generate(gpt, *padded(PROMPTS), 20, generator=gen(5), **how)
+
+    want = draw()
+    kept.clear()
+    monkeypatch.setattr(StaticCache, "__init__", poisoned)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(lib.generate, "static_steps", lambda gpt: True)
+    for _ in range(2):  # the second one meets what the first one left
+        assert equal(draw(), want)
+    assert not kept
+
+
+@slow
+def test_static_steps_are_one_graph_at_one_address(tiny, monkeypatch):
+    """What a CUDA graph needs: one trace for all steps, of prompts of any length, and buffers that stay."""
+    torch._dynamo.reset()
+    gpt, graphs, compile, places = tiny(), [], torch.compile, []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def counted(function, mode, dynamic):
+        assert (mode, dynamic) == ("reduce-overhead", False)
+        return compile(function, backend=keep, dynamic=dynamic, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    monkeypatch.setattr(lib.generate, "static_steps", lambda gpt: True)
+    for prompts, new, count in ((PROMPTS, 20, 1), (PROMPTS[::-1], 9, 1), ([[1]] * 8, 25, 1),
+                                ([[1, 2]] * 3, 5, 2)):
+        generate(gpt, *padded(prompts), new)
+        assert len(graphs) == count
+        places.append([x.data_ptr() for x in gpt.static_cache.buffers()])
+    assert places[0] == places[1] == places[2] and gpt.static_cache.hidden.shape == (3, 128)
+    long = tiny(block_size=200)
+    for P, S in ((140, 256), (3, 256), (120, 256)):  # it only grows: each size is compiled
+        generate(long, *padded([[1] * P]), 5)
+        assert long.static_cache.hidden.shape == (1, S)
+    assert list(gpt.state_dict()) == list(tiny().state_dict())  # nothing of it gets into a checkpoint
+
+
+def test_static_steps_are_for_compile_on_a_gpu(tiny, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    for compile, is_cuda in itertools.product((False, True), repeat=2):
+        gpt = prepare(tiny(), cfg=Config(compile=compile))
+        del gpt.lm_head
+        gpt.lm_head = SimpleNamespace(weight=SimpleNamespace(is_cuda=is_cuda))
+        assert fast.static_steps(gpt) == (compile and is_cuda)
+
+
+# ---- cache ----
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[1] * 10, [4, 1, 5], [2, 3, 1, 1, 3]])
+def test_M8_cache_equals_full_forward_at_every_position(tiny, rng, chunks):
+    """Ragged rows, continued token by token or several at once on a cache that is not empty."""
+    gpt = tiny()
+    tokens, lengths = padded(PROMPTS, fill=15)
+    P, B = tokens.shape[1], len(PROMPTS)
+    more = random_tokens(rng, B, sum(chunks))
+    want = [gpt.trunk(torch.cat([tokens[i, :n], more[i]])[None])[0, n:] for i, n in enumerate(lengths)]
+    cache = KVCache(B, P + sum(chunks), "cpu")
+    prefill = gpt.trunk(tokens, cache)
+    torch.testing.assert_close(prefill, gpt.trunk(tokens), atol=1e-4, rtol=0)
+    cache.trim(lengths)
+    got = torch.cat([gpt.trunk(part, cache) for part in more.split(chunks, 1)], 1)
+    torch.testing.assert_close(got, torch.stack(want), atol=1e-4, rtol=0)
+    assert cache.length.tolist() == [n + sum(chunks) for n in lengths]
+
+
+@torch.no_grad()
+def test_cache_keep_forgets_only_the_other_rows(tiny, rng):
+    gpt, tokens, more = tiny(), random_tokens(rng, 4, 6), random_tokens(rng, 4, 3)
+    cache = KVCache(4, 9, "cpu")
+    gpt.trunk(tokens, cache)
+    rows = torch.tensor([False, True, False, True])
+    cache.keep(rows)
+    want = gpt.trunk(torch.cat([tokens, more], 1)[rows])[:, 6:]
+    torch.testing.assert_close(gpt.trunk(more[rows], cache), want, atol=1e-4, rtol=0)
+
+
+# ---- lib/fast.py: prepare ----
+
+ALL = Config(bf16=True, checkpoint_activations=True)
+
+
+@pytest.mark.parametrize("cfg", [None, Config(), ALL])
+def test_prepare_keeps_parameters_names_ties_optimizer_and_frozen_parts(tiny, cfg):
+    gpt = tiny().train()
+    gpt.trunk.blocks[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(gpt.parameters(), lr=1.0)
+
+    def look():
+        return [(name, id(p), p.requires_grad) for name, p in gpt.named_parameters()]
+
+    before, names = look(), list(gpt.state_dict())
+    assert prepare(gpt, "cpu", cfg) is gpt
+    assert look() == before and list(gpt.state_dict()) == names and gpt.training
+    assert gpt.lm_head.weight is gpt.trunk.wte.weight
+    assert {type(layer) for layer in gpt.modules() if isinstance(layer, torch.nn.Linear)} == {fast.Linear}
+    old = copy.deepcopy(gpt.state_dict())
+    gpt(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()
+    optimizer.step()
+    frozen = [torch.equal(old[name], x) for name, x in gpt.state_dict().items() if ".blocks.0." in name]
+    assert all(frozen) and not any(p.grad is not None for p in gpt.trunk.blocks[0].parameters())
+    assert not torch.equal(old["trunk.blocks.1.attn.qkv.weight"], gpt.trunk.blocks[1].attn.qkv.weight)
+
+
+def test_prepare_leaves_the_reward_head_and_layers_of_the_users(tiny, rng):
+    class Mine(torch.nn.Linear):
+        pass
+
+    rm, tokens = RewardModel.from_gpt(tiny()), random_tokens(rng, 2, 9)
+    rm.trunk.blocks[1].mlp.up.__class__ = Mine
+    want = rm(tokens)
+    prepare(rm, "cpu", Config())
+    assert type(rm.reward_head) is torch.nn.Linear and type(rm.trunk.blocks[1].mlp.up) is Mine
+    assert type(rm.trunk.blocks[0].mlp.up) is fast.Linear
+    torch.testing.assert_close(rm(tokens), want, atol=1e-5, rtol=0)
+
+
+def test_prepare_moves_the_model(tiny):
+    gpt = prepare(tiny(), torch.device("meta"), Config())
+    assert all(p.device.type == "meta" for p in gpt.parameters())
+
+
+def test_preparing_a_prepared_model_or_its_copy_wraps_no_block_twice(tiny, rng):
+    gpt, tokens = prepare(tiny(), cfg=ALL), random_tokens(rng, 2, 9)
+    for again in (prepare(copy.deepcopy(gpt), cfg=ALL), prepare(gpt, cfg=ALL), copy.deepcopy(gpt),
+                  prepare(RewardModel.from_gpt(gpt), cfg=ALL)):
+        for block in again.trunk.blocks:
+            assert isinstance(block, model.Block) and type(block).__mro__.count(fast.Tuned) == 1
+            assert type(block).__name__ == "TunedBlock" and block.bf16 and block.recompute
+        assert torch.equal(again.trunk(tokens), gpt.trunk(tokens))
+
+
+def test_recompute_gives_the_same_gradients_and_keeps_less(tiny):
+    tokens, kept = torch.randint(17, (3, 9)), {}
+    grads = {}
+    for recompute in (False, True):
+        gpt, numbers = prepare(tiny(), cfg=Config(checkpoint_activations=recompute)), []
+
+        def count(x, numbers=numbers):
+            numbers.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            loss = gpt(tokens).logsumexp(-1).sum()
+        loss.backward()
+        kept[recompute], grads[recompute] = sum(numbers), [p.grad for p in gpt.parameters()]
+    assert kept[True] < kept[False] / 2
+    for a, b in zip(grads[True], grads[False], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_recompute_draws_the_same_dropout_again(tiny):
+    """Gradients with dropout are those of the run that keeps all activations, for the same random numbers."""
+    tokens, grads = torch.randint(17, (3, 9)), []
+    for recompute in (False, True):
+        gpt = prepare(tiny(dropout=0.3).train(), cfg=Config(checkpoint_activations=recompute))
+        torch.manual_seed(1)
+        gpt(tokens).logsumexp(-1).sum().backward()
+        grads.append([p.grad for p in gpt.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_is_in_the_blocks_only(tiny):
+    gpt, tokens = tiny(), torch.randint(17, (3, 9))
+    plain = gpt.trunk(tokens)
+    prepare(gpt, cfg=Config(bf16=True))
+    h = gpt.trunk(tokens)
+    assert h.dtype == gpt(tokens).dtype == torch.float32
+    assert not torch.equal(h, plain)
+    torch.testing.assert_close(h, plain, atol=0.1, rtol=0.05)
+
+
+def test_generation_is_in_float32_and_keeps_nothing_whatever_the_flags(ready, tiny):
+    want = generate(ready(3), *padded(PROMPTS), 20, generator=gen(1))
+    gpt = prepare(tiny(3), cfg=ALL)
+    assert equal(want, generate(gpt, *padded(PROMPTS), 20, generator=gen(1)))
+    cached = [net.trunk(padded(PROMPTS)[0], KVCache(len(PROMPTS), 7, "cpu")) for net in (ready(3), gpt)]
+    assert torch.equal(*cached)
+
+
+# ---- lib/fast.py: matrix products ----
+
+needs_onednn = pytest.mark.skipif(not fast.ONEDNN, reason="this PyTorch has no oneDNN")
+
+
+def product(layer, x, dy):
+    """The layer's output, and the gradients of x, weight and bias."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
+
+
+@pytest.mark.parametrize("shape, out", [((3, 7, 24), 40), ((3, 7, 40), 24), ((200, 128), 512), ((1, 16), 8),
+                                        ((0, 16), 8), ((2, 0, 16), 8), ((16,), 8)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("amd", [True, False])
+def test_linear_is_nn_linear_with_its_gradients(rng, monkeypatch, shape, out, bias, turned, amd):
+    monkeypatch.setattr(fast, "ON_AMD", amd)
+    layer, plain = fast.Linear(shape[-1], out, bias=bias), torch.nn.Linear(shape[-1], out, bias=bias)
+    plain.load_state_dict(layer.state_dict())
+    x, dy = torch.randn(shape, generator=rng), torch.randn(*shape[:-1], out, generator=rng)
+    if turned and x.dim() > 1:  # not contiguous in memory
+        x, dy = x.mT.contiguous().mT, dy.mT.contiguous().mT
+    for ours, theirs in zip(product(layer, x, dy), product(plain, x, dy), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cpuinfo, processor, amd", [
+    ("vendor_id\t: AuthenticAMD\n", "", True), ("vendor_id\t: GenuineIntel\n", "", False),
+    (None, "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", True), (None, "arm", False)])
+def test_which_cpus_are_amd(monkeypatch, tmp_path, cpuinfo, processor, amd):
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(fast, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
+    monkeypatch.setattr(fast.platform, "processor", lambda: processor)
+    assert fast.cpu_is_amd() is amd
+
+
+@needs_onednn
+def test_linear_takes_onednn_where_it_can_and_pytorch_elsewhere(monkeypatch):
+    layer, x, sizes, real = fast.Linear(8, 4), torch.randn(3, 8), [], fast.onednn
+    monkeypatch.setattr(fast, "onednn", lambda x, *more: sizes.append(len(x)) or real(x, *more))
+    monkeypatch.setattr(fast, "ON_AMD", False)
+    assert layer(x).shape == (3, 4) and not sizes
+    monkeypatch.setattr(fast, "ON_AMD", True)
+    for N in (1, 3, 127, 128, 129):
+        assert layer(torch.randn(N, 8)).shape == (N, 4)
+    assert sizes == [128, 128, 128, 128, 256]  # few sizes: a kernel is cached for each of them
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert copy.deepcopy(layer).double()(x.double()).dtype == torch.float64
+    monkeypatch.setattr(fast, "ONEDNN", False)
+    with fast.packed(layer):
+        assert layer.packed is None and layer(x).shape == (3, 4)
+    assert len(sizes) == 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("amd", [True, False])
+def test_without_onednn_a_prepared_model_is_one_of_nn_linear(tiny, monkeypatch, amd):
+    """Where torch lacks the private operators: the same bits, trained or generated."""
+    monkeypatch.setattr(fast, "ONEDNN", False)
+    monkeypatch.setattr(fast, "ON_AMD", amd)
+    monkeypatch.setattr(fast, "onednn", None)
+    plain = tiny(vocab_size=4097)
+    gpt = prepare(copy.deepcopy(plain), "cpu", Config())
+    (tokens, lengths), new = padded(PROMPTS), 9
+    assert torch.equal(gpt(tokens), plain(tokens))
+    assert equal(*(generate(net, tokens, lengths, new, generator=gen(1)) for net in (plain, gpt)))
+
+
+@needs_onednn
+@torch.no_grad()
+@pytest.mark.parametrize("amd", [True, False])
+def test_packed_changes_nothing_and_ends(ready, rng, monkeypatch, amd):
+    monkeypatch.setattr(fast, "ON_AMD", amd)
+    gpt, tokens = ready(vocab_size=4097), random_tokens(rng, 5, 12)  # a head of more than 2**17 numbers
+    expected = gpt(tokens)
+    with pytest.raises(KeyboardInterrupt), fast.packed(gpt):
+        layers = [layer for layer in gpt.modules() if isinstance(layer, fast.Linear)]
+        assert len(layers) == 9  # four in each of two blocks, and the head
+        assert all((layer.packed is not None) == (amd or layer is gpt.lm_head) for layer in layers)
+        torch.testing.assert_close(gpt(tokens), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(gpt(tokens[:1, :1]), expected[:1, :1], atol=1e-5, rtol=0)
+        raise KeyboardInterrupt
+    gpt.lm_head.weight.mul_(2)  # the copies are gone: the weights themselves are read again
+    assert not torch.isclose(gpt(tokens), expected).all()

@@ -1,13 +1,12 @@
 """data/records.py: every kind of line and every fault of a file; also checkpoints and the command line."""
 import dataclasses
-import inspect
 import json
 import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 
-import common
 import pytest
 import torch
 
@@ -18,6 +17,8 @@ from data.examples import open_data
 from data.files import UserError
 from data.records import read_preferences, read_prompts, read_sft
 from data.tokenizer import train_tokenizer
+from lib.checkpoint import load, load_tokenizer, save
+from lib.common import Log, cli, flags
 from model import GPT, RewardModel
 
 
@@ -279,10 +280,10 @@ def test_save_and_load(tiny, tokenizer, tmp_path, pool):
     net = gpt if pool is None else RewardModel.from_gpt(gpt, pool)
     if pool:
         net.normalise(torch.tensor([1.0, 4.0]))
-    common.save(tmp_path / "x.pt", net, tokenizer)
-    back = common.load(type(net), tmp_path / "x.pt")
+    save(tmp_path / "x.pt", net, tokenizer)
+    back = load(type(net), tmp_path / "x.pt")
     assert not back.training and back.config.dropout == 0 and back.config.bias == net.config.bias
-    assert common.load(type(net), tmp_path / "x.pt", dropout=0.2).config.dropout == 0.2
+    assert load(type(net), tmp_path / "x.pt", dropout=0.2).config.dropout == 0.2
     tokens = torch.arange(12).view(2, 6)
     assert torch.equal(back(tokens), net.eval()(tokens))
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in net.state_dict().items())
@@ -290,49 +291,49 @@ def test_save_and_load(tiny, tokenizer, tmp_path, pool):
         assert back.lm_head.weight is back.trunk.wte.weight
     else:
         assert back.pool == pool and (back.shift, back.scale) == (2.5, 1.5)
-    again = common.load_tokenizer(tmp_path / "x.pt")
+    again = load_tokenizer(tmp_path / "x.pt")
     assert again.encode("lower slow x") == tokenizer.encode("lower slow x")
     assert again.vocab_size == tokenizer.vocab_size
-    assert os.listdir(tmp_path) == ["x.pt"]  # no .part is left
+    assert os.listdir(tmp_path) == ["x.pt"]  # no temporary file is left
 
 
 def test_earlier_file_is_kept_one_generation_back(tiny, tokenizer, tmp_path, capsys):
     path = tmp_path / "sft.pt"
     for seed in range(3):
-        common.save(path, tiny(seed), tokenizer)
+        save(path, tiny(seed), tokenizer)
     assert sorted(os.listdir(tmp_path)) == ["sft.prev.pt", "sft.pt"]
     for name, seed in (("sft.pt", 2), ("sft.prev.pt", 1)):
-        assert torch.equal(common.load(GPT, tmp_path / name).trunk.wte.weight, tiny(seed).trunk.wte.weight)
-    assert f"kept as {tmp_path / 'sft.prev.pt'}" in capsys.readouterr().out
+        assert torch.equal(load(GPT, tmp_path / name).trunk.wte.weight, tiny(seed).trunk.wte.weight)
+    assert f"{path} already exists; moved to {tmp_path / 'sft.prev.pt'}" in capsys.readouterr().out
 
 
 def test_write_that_fails_leaves_the_earlier_file(tiny, tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "sft.pt"
-    common.save(path, tiny(0), tokenizer)
+    save(path, tiny(0), tokenizer)
 
     def broken(data, file):
         file.write(b"half")
         raise OSError("disk full")
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(common.UserError, match="sft.pt could not be written .*what was saved before is kept"):
-        common.save(path, tiny(1), tokenizer)
-    assert os.listdir(tmp_path) == ["sft.pt"]  # no .part is left
-    assert torch.equal(common.load(GPT, path).trunk.wte.weight, tiny(0).trunk.wte.weight)
+    with pytest.raises(UserError, match="sft.pt could not be written .*earlier checkpoints are intact"):
+        save(path, tiny(1), tokenizer)
+    assert os.listdir(tmp_path) == ["sft.pt"]  # no temporary file is left
+    assert torch.equal(load(GPT, path).trunk.wte.weight, tiny(0).trunk.wte.weight)
 
 
 def test_load_of_the_wrong_kind_or_a_missing_file(tiny, tokenizer, tmp_path):
-    common.save(tmp_path / "sft.pt", tiny(), tokenizer)
-    common.save(tmp_path / "rm2.pt", RewardModel.from_gpt(tiny()), tokenizer)
-    with pytest.raises(UserError, match="sft.pt holds a GPT, and a RewardModel is needed here"):
-        common.load(RewardModel, tmp_path / "sft.pt")
-    with pytest.raises(UserError, match="rm2.pt holds a RewardModel, and a GPT"):
-        common.load(GPT, tmp_path / "rm2.pt")
+    save(tmp_path / "sft.pt", tiny(), tokenizer)
+    save(tmp_path / "rm2.pt", RewardModel.from_gpt(tiny()), tokenizer)
+    with pytest.raises(UserError, match="sft.pt holds a GPT; expected a RewardModel"):
+        load(RewardModel, tmp_path / "sft.pt")
+    with pytest.raises(UserError, match="rm2.pt holds a RewardModel; expected a GPT"):
+        load(GPT, tmp_path / "rm2.pt")
     for name, maker in (("sft.pt", "train_sft.py"), ("rm.pt", "train_rm.py"), ("ppo.pt", "ppo.py")):
-        for load in (lambda path: common.load(GPT, path), common.load_tokenizer):
+        for read in (partial(load, GPT), load_tokenizer):
             with pytest.raises(UserError, match=f"{name} is missing: `python {maker}` makes it"):
-                load(tmp_path / "no" / name)
+                read(tmp_path / "no" / name)
     with pytest.raises(UserError, match="mine.pt is missing$"):
-        common.load(GPT, tmp_path / "mine.pt")
+        load(GPT, tmp_path / "mine.pt")
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x00", b"{}", bytes(range(256)) * 40, b"PK\x03\x04" + b"\0" * 200,
@@ -340,11 +341,11 @@ def test_load_of_the_wrong_kind_or_a_missing_file(tiny, tokenizer, tmp_path):
                          ids=["empty", "nul", "text", "random", "zip", "pickle"])
 def test_load_of_something_else(tmp_path, raw):
     (tmp_path / "x.pt").write_bytes(raw)
-    for load in (lambda path: common.load(GPT, path), common.load_tokenizer):
-        with pytest.raises(UserError, match="x.pt is no checkpoint of onetrunk, or is damaged"):
-            load(tmp_path / "x.pt")
+    for read in (partial(load, GPT), load_tokenizer):
+        with pytest.raises(UserError, match="x.pt is not an onetrunk checkpoint, or is corrupt"):
+            read(tmp_path / "x.pt")
     with pytest.raises(UserError, match="can't be read: Is a directory"):
-        common.load(GPT, tmp_path)
+        load(GPT, tmp_path)
 
 
 class Evil:
@@ -358,13 +359,13 @@ class Evil:
 def test_load_never_runs_code(tmp_path):
     torch.save({"kind": "GPT", "config": {}, "tokenizer": {}, "pool": None,
                 "weights": Evil(tmp_path / "ran")}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="no checkpoint"):
-        common.load(GPT, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="is not an onetrunk checkpoint"):
+        load(GPT, tmp_path / "x.pt")
     assert os.listdir(tmp_path) == ["x.pt"]
 
 
 def changed(tiny, tokenizer, path, change):
-    common.save(path, tiny(vocab_size=tokenizer.vocab_size), tokenizer)
+    save(path, tiny(vocab_size=tokenizer.vocab_size), tokenizer)
     data = torch.load(path, weights_only=True)
     change(data)
     torch.save(data, path)
@@ -377,7 +378,7 @@ def changed(tiny, tokenizer, path, change):
 def test_weights_that_do_not_fit(tiny, tokenizer, tmp_path, change):
     changed(tiny, tokenizer, tmp_path / "x.pt", change)
     with pytest.raises(UserError, match="x.pt: the weights do not fit this model.py") as error:
-        common.load(GPT, tmp_path / "x.pt")
+        load(GPT, tmp_path / "x.pt")
     assert "\n" not in str(error.value)
 
 
@@ -388,18 +389,18 @@ def test_weights_that_do_not_fit(tiny, tokenizer, tmp_path, change):
 def test_config_that_does_not_fit(tiny, tokenizer, tmp_path, change):
     changed(tiny, tokenizer, tmp_path / "x.pt", change)
     try:
-        common.load(GPT, tmp_path / "x.pt")
+        load(GPT, tmp_path / "x.pt")
     except UserError:
         return
     raise AssertionError("accepted")
 
 
 def test_file_cut_off(tiny, tokenizer, tmp_path):
-    common.save(tmp_path / "x.pt", tiny(), tokenizer)
+    save(tmp_path / "x.pt", tiny(), tokenizer)
     raw = (tmp_path / "x.pt").read_bytes()
     (tmp_path / "x.pt").write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(UserError, match="x.pt is no checkpoint of onetrunk, or is damaged"):
-        common.load(GPT, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt is not an onetrunk checkpoint, or is corrupt"):
+        load(GPT, tmp_path / "x.pt")
 
 
 # ---- command line ----
@@ -419,7 +420,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["/some/where/tool.py", *args])
         code = None
         try:
-            common.run(main, Config)
+            cli(main, Config)
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -465,15 +466,24 @@ def test_help_shows_each_fields_comment_and_default(command):
         assert f"{flag} {note}" in out
 
 
-@pytest.mark.parametrize("script", [train_sft, train_rm, ppo], ids=lambda script: script.__name__)
-def test_every_flag_of_every_script_has_a_note(script):
-    notes = re.findall(r"^    (\w+): \w+ = .*  # \S", inspect.getsource(script.Config), re.M)
-    assert notes == [field.name for field in dataclasses.fields(script.Config)]
+HEADINGS = {train_sft: ["run", "model", "training"], train_rm: ["run", "reward model", "training"],
+            ppo: ["run", "rollout", "update", "KL"]}
+
+
+@pytest.mark.parametrize("script", HEADINGS, ids=lambda script: script.__name__)
+def test_every_flag_of_every_script_stands_once_under_a_heading_with_a_note(script):
+    groups = flags(script.main, script.Config)._action_groups[2:]  # after argparse's own two
+    assert [group.title for group in groups] == HEADINGS[script]
+    shown = [(action.dest, action.help) for group in groups for action in group._group_actions]
+    assert sorted(name for name, _ in shown) == sorted(f.name for f in dataclasses.fields(script.Config))
+    assert all(re.match(r"[^(].* \(default ", note) for _, note in shown)
+    # a script's own note takes the place of the shared one
+    assert dict(shown)["save_every"].startswith("updates" if script is ppo else "steps (PPO: updates)")
 
 
 def test_log(tmp_path, capsys):
     for run in range(2):
-        log = common.Log(tmp_path / "out" / "sft.jsonl", Config(), 10)
+        log = Log(tmp_path / "out" / "sft.jsonl", Config(), 10)
         log(5, loss=0.123456, n=run)
         log.report(val_loss=1.5)
     lines = [json.loads(line) for line in (tmp_path / "out" / "sft.jsonl").read_text().splitlines()]

@@ -1,18 +1,20 @@
 """A run that is killed at any moment and resumed ends with the same bits; stopping, full disks, other flags.
 
-Every run here is a process of its own that takes a real signal. Starting Python and torch costs two seconds,
-so one process (this file, run as a script) has them loaded and forks a child for each run: 20 ms. "When" is
-measured in seconds of the child's own CPU time, so a busy machine changes nothing.
+Each run here is a process of its own that receives a real signal. Starting Python and torch takes two
+seconds, so one process (this file, run as a script) has loaded them and forks a child for each run: 20 ms.
+"When" is measured in the child's own CPU time, so a busy machine changes nothing.
 """
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,41 +23,45 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if not sys.platform.startswith("linux"):
-    pytest.skip("it reads a child's CPU clock as Linux has it", allow_module_level=True)
+    pytest.skip("reads a child's CPU clock, which is Linux's", allow_module_level=True)
 
-import common
-import resume
+from helpers import make_data
 
 import ppo
 import train_rm
 import train_sft
+from lib.common import Log, cli
+from lib.resume import Run, get_state
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": ppo}
+pytestmark = pytest.mark.slow
 SMALL = ["--data", "data", "--device", "cpu"]
 FLAGS = {
-    "sft": [*SMALL, *"--tokenizer bytes --n-layer 1 --n-head 2 --d-model 16 --block-size 32 --batch-tokens 64 "
-            "--epochs 5 --dropout 0.1 --save-every 3".split()],
+    "sft": [*SMALL, *"--tokenizer bytes --n-layer 1 --n-head 2 --d-model 16 --block-size 32 "
+            "--batch-tokens 64 --epochs 5 --dropout 0.1 --save-every 3".split()],
     "rm": [*SMALL, *"--batch-tokens 128 --epochs 4 --dropout 0.1 --save-every 3".split()],
-    "ppo": [*SMALL, *"--updates 12 --batch 6 --max-new-tokens 8 --epochs 2 --minibatches 2 --micro-batch 64 --lr 3e-3 "
-            "--critic-lr 3e-3 --kl-target 0.5 --kl-horizon 60 --ptx-coef 0.5 --show 0 --save-every 1".split()],
+    "ppo": [*SMALL, *"--updates 12 --batch 6 --max-new-tokens 8 --epochs 2 --minibatches 2 --micro-batch 64 "
+            "--lr 3e-3 --critic-lr 3e-3 --kl-target 0.5 --kl-horizon 60 --ptx-coef 0.5 --show 0 "
+            "--save-every 1".split()],
 }
 
 
 # ---- the process that forks ----
 
 def child(job):
-    """One run of a script from its command line; what is left of it at the end goes to out/STAGE.last.pt."""
+    """One run of a script from its command line; its state at the end goes to out/STAGE.last.pt."""
     os.chdir(job["folder"])
-    module, shipped = SCRIPTS[job["stage"]], resume.State.finish
+    module, shipped = SCRIPTS[job["stage"]], Run.finish
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     sys.argv = [module.__name__ + ".py", *job["flags"]]
 
-    def finish(state):
-        torch.save({name: resume.get_state(part) for name, part in state.parts.items()},
-                   state.path.with_name(f"{job['stage']}.last.pt"))
-        shipped(state)
-    resume.State.finish = finish
+    def finish(run, *results):
+        with suppress(RuntimeError):  # the disk is full
+            torch.save({name: get_state(part) for name, part in run.parts.items()},
+                       run.path.with_name(f"{job['stage']}.last.pt"))
+        shipped(run, *results)
+    Run.finish = finish
     if "stop_at" in job:
         stop_at(job["stop_at"], job["signal"])
     if "die_at" in job:
@@ -63,7 +69,7 @@ def child(job):
     if "disk" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["disk"], job["disk"]))
     try:
-        common.run(module.main, module.Config)
+        cli(module.main, module.Config)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) or end.code is None else print(end.code) or 1
@@ -76,7 +82,7 @@ def child(job):
 
 
 def die_at(n, before):
-    """SIGKILL before or after the n-th call that touches a file's place on the disk or a line of the log."""
+    """SIGKILL before or after the n-th call that moves, deletes or syncs a file or writes to the log."""
     calls = iter(range(10**6))
 
     def deadly(shipped):
@@ -89,23 +95,23 @@ def die_at(n, before):
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
         return call
-    for owner, name in ((os, "replace"), (os, "fsync"), (os, "truncate"), (Path, "unlink"), (common.Log, "_write")):
+    for owner, name in ((os, "replace"), (os, "fsync"), (os, "truncate"), (Path, "unlink"), (Log, "_write")):
         setattr(owner, name, deadly(getattr(owner, name)))
 
 
 def stop_at(step, number):
     """The signal comes at the end of this step."""
-    shipped = resume.State.after
+    shipped = Run.after
 
-    def after(state, now):
+    def after(run, now):
         if now == step:
             os.kill(os.getpid(), number)
-        shipped(state, now)
-    resume.State.after = after
+        shipped(run, now)
+    Run.after = after
 
 
 def serve():
-    import torch._dynamo  # which an optimizer loads at its first step, for a second
+    import torch._dynamo  # an optimizer imports it at its first step, which takes a second
     torch.set_num_threads(1)
     for line in sys.stdin:
         job = json.loads(line)
@@ -128,10 +134,11 @@ def serve():
 
 @pytest.fixture(scope="module")
 def start():
-    """start(folder, stage, *flags, after=None, signal=SIGKILL, ...) -> (exit code, what it printed, CPU seconds)"""
-    with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    """start(folder, stage, *flags, after=None, ...) -> (exit code, what it printed, CPU seconds)"""
+    with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as server:
         def go(folder, stage, *flags, **job):
-            job = {"folder": str(folder), "stage": stage, "flags": [*FLAGS[stage], *flags], "signal": signal.SIGKILL, **job}
+            job = {"folder": str(folder), "stage": stage, "flags": [*FLAGS[stage], *flags], **job}
             print(json.dumps(job), file=server.stdin, flush=True)
             code, seconds = json.loads(server.stdout.readline())
             return code, (folder / "output").read_text(), seconds
@@ -142,7 +149,6 @@ def start():
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
     """A folder in which every stage ran uninterrupted, and how long each took."""
-    from test_pipeline import make_data
     folder = tmp_path_factory.mktemp("whole")
     make_data(folder / "data")
     seconds = {}
@@ -154,7 +160,7 @@ def whole(start, tmp_path_factory):
 
 @pytest.fixture
 def fresh(whole, tmp_path):
-    """fresh(stage) -> an empty run's folder, with the data and the results of the stages before."""
+    """fresh(stage) -> a folder with the data and the results of the stages before."""
     def make(stage, name="run"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
         shutil.copytree(whole[0] / "data", tmp_path / name / "data")
@@ -181,20 +187,20 @@ def assert_same(folder, whole, stage):
     a, b = (torch.load(x / "out" / f"{stage}.last.pt", weights_only=True) for x in (folder, whole))
     assert a.keys() == b.keys()
     assert not [name for name in a if not same(a[name], b[name])]
-    assert not list((folder / "out").glob("*.part")) and (folder / "out" / f"{stage}.finished.pt").exists()
+    assert not list((folder / "out").glob("*.part*")) and (folder / "out" / f"{stage}.finished.pt").exists()
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_B11_killed_twenty_times_and_resumed_is_the_same_to_the_bit(stage, start, whole, fresh):
-    """SIGKILL at random moments; the run goes on until it is through, then a new one begins, to 20 kills in all."""
+    """SIGKILL at random moments until the run gets through, then a new run, until there were 20 kills."""
     rng, kills, resumed = random.Random(stage), 0, 0
     while kills < 20:
-        folder, go_on, code = fresh(stage), [], -9
+        folder, resume, code = fresh(stage), [], -9
         while code == -9:
-            code, text, _ = start(folder, stage, *go_on, after=rng.uniform(0.2, 1.0) * whole[1][stage])
+            code, text, _ = start(folder, stage, *resume, after=rng.uniform(0.2, 1.0) * whole[1][stage])
             kills += code == -9
-            resumed += "going on after step" in text
-            go_on = ["--resume"] * (folder / "out" / f"{stage}.state.pt").exists()
+            resumed += "resuming after step" in text
+            resume = ["--resume"] * (folder / "out" / f"{stage}.state.pt").exists()
         assert code == 0, text
         assert_same(folder, whole[0], stage)
     assert resumed >= 5
@@ -202,7 +208,7 @@ def test_B11_killed_twenty_times_and_resumed_is_the_same_to_the_bit(stage, start
 
 @pytest.mark.parametrize("before", [True, False])
 def test_killed_at_every_write_nothing_is_lost(before, start, whole, fresh):
-    """At any call that moves a file: the result of the run before is still there, and --resume ends with the same bits."""
+    """At any such call the result of the run before is still there, and --resume ends with the same bits."""
     short = ["--epochs", "0.4", "--save-every", "1"]
     expected = fresh("sft", "expected")
     assert start(expected, "sft", *short)[0] == 0
@@ -224,16 +230,18 @@ def test_killed_at_every_write_nothing_is_lost(before, start, whole, fresh):
     assert n > 20
 
 
-@pytest.mark.parametrize("stage, number, code", [("sft", signal.SIGINT, 130), ("rm", signal.SIGTERM, 143),
-                                                ("ppo", signal.SIGINT, 130), ("ppo", signal.SIGTERM, 143)])
+@pytest.mark.parametrize("stage, number, code", [
+    ("sft", signal.SIGINT, 130), ("rm", signal.SIGTERM, 143), ("ppo", signal.SIGINT, 130),
+    ("ppo", signal.SIGTERM, 143)])
 def test_stopped_by_hand(stage, number, code, start, whole, fresh):
-    """It finishes the step, says how to go on, and goes on; with --save-every 0 this is the only state."""
+    """It finishes the step and says how to continue; with --save-every 0 this is the only saved state."""
     folder = fresh(stage)
     got, text, _ = start(folder, stage, "--save-every", "0", stop_at=4, signal=number)
-    assert got == code and "the same command with --resume goes on" in text and "Traceback" not in text
+    assert got == code and "finishing this step" in text and "Traceback" not in text
+    assert re.search(r"^stopped after step 4 of \d+; rerun with --resume to continue$", text, re.M)
     got, text, _ = start(folder, stage, "--save-every", "0", "--resume")
     assert got == 0, text
-    # save_every is a part of the log's first line
+    # the log's first line holds save_every
     wanted, log = ((x / "out" / f"{stage}.jsonl").read_text() for x in (whole[0], folder))
     assert log.splitlines()[1:] == wanted.splitlines()[1:]
     (folder / "out" / f"{stage}.jsonl").write_text(wanted)
@@ -241,19 +249,20 @@ def test_stopped_by_hand(stage, number, code, start, whole, fresh):
 
 
 def test_a_full_disk_keeps_what_was_saved(start, whole, fresh):
-    """No file may grow beyond a limit: first not the state, then not the result either."""
+    """No file may grow beyond a limit: first the state does not fit, then the result."""
     folder = fresh("sft")
     assert start(folder, "sft", stop_at=7, signal=signal.SIGTERM)[0] == 143
     state = folder / "out/sft.state.pt"
     good = state.read_bytes()
     code, text, _ = start(folder, "sft", "--resume", disk=len(good) // 2)
-    assert code == 1 and text.splitlines()[-1].startswith(f"train_sft.py: out/sft.state.pt could not be written (")
-    assert "what was saved before is kept" in text and "Traceback" not in text and state.read_bytes() == good
-    assert not list((folder / "out").glob("*.part"))
+    last = text.splitlines()[-1]
+    assert code == 1 and last.startswith("train_sft.py: out/sft.state.pt could not be written (")
+    assert last.endswith("); earlier checkpoints are intact") and "Traceback" not in text
+    assert state.read_bytes() == good and not list((folder / "out").glob("*.part*"))
     (folder / "out/sft.pt").write_bytes(earlier := (whole[0] / "out/sft.pt").read_bytes())
     code, text, _ = start(folder, "sft", "--resume", "--save-every", "0", disk=len(earlier) // 2)
     assert code == 1 and "out/sft.pt could not be written" in text
-    assert (folder / "out/sft.pt").read_bytes() == earlier and not list((folder / "out").glob("*.part"))
+    assert (folder / "out/sft.pt").read_bytes() == earlier and not list((folder / "out").glob("*.part*"))
     assert start(folder, "sft", "--resume")[0] == 0
     assert_same(folder, whole[0], "sft")
 
@@ -269,7 +278,7 @@ def stopped(start, whole, fresh):
 def test_what_does_not_fit_is_refused_and_what_changes_nothing_is_not(stopped, start, whole):
     out = stopped / "out"
     code, text, _ = start(stopped, "ppo", "--resume", "--lr", "0.5", "--kl-target", "0")
-    assert code == 1 and "started otherwise: --lr was 0.003, --kl-target was 0.5" in text
+    assert code == 1 and "different settings: --lr was 0.003, --kl-target was 0.5" in text
     was = torch.load(out / "ppo.state.pt", weights_only=True)
     elsewhere = was | {"start": was["start"] | {"--device": "cuda on a machine with 2 GPUs"}}
     torch.save(elsewhere, out / "ppo.state.pt")
@@ -280,39 +289,41 @@ def test_what_does_not_fit_is_refused_and_what_changes_nothing_is_not(stopped, s
         content = (stopped / name).read_bytes()
         (stopped / name).write_bytes(content + b"\n")
         code, text, _ = start(stopped, "ppo", "--resume")
-        assert code == 1 and "started otherwise" in text and f"{Path(name).name} was a file with CRC" in text
+        assert code == 1 and "different settings" in text
+        assert f"{Path(name).name} was a file with CRC" in text
         (stopped / name).write_bytes(content)
     log = (out / "ppo.jsonl").read_bytes()
     (out / "ppo.jsonl").write_bytes(log[:100])
     code, text, _ = start(stopped, "ppo", "--resume")
-    assert code == 1 and "out/ppo.jsonl is missing, or not the log of that run" in text
+    assert code == 1 and "out/ppo.jsonl is missing, or is not the log of that run" in text
     (out / "ppo.jsonl").write_bytes(log)
     state = (out / "ppo.state.pt").read_bytes()
     for content in (b"", b"nothing", state[: len(state) // 2], (out / "sft.pt").read_bytes()):
         (out / "ppo.state.pt").write_bytes(content)
         code, text, _ = start(stopped, "ppo", "--resume")
-        assert code == 1 and "out/ppo.state.pt is no saved state of onetrunk, or is damaged" in text
+        assert code == 1 and "out/ppo.state.pt is not an onetrunk saved state, or is corrupt" in text
     (out / "ppo.state.pt").write_bytes(state)
     out.rename(stopped / "moved")
     code, text, _ = start(stopped, "ppo", "--resume", "--out", "moved", "--save-every", "5", "--show", "1")
-    assert code == 0 and "going on after step" in text, text
+    assert code == 0 and "resuming after step" in text, text
     (stopped / "out").mkdir(exist_ok=True)
     for name in ("ppo.pt", "ppo.jsonl"):
         assert (stopped / "moved" / name).read_bytes() == (whole[0] / "out" / name).read_bytes()
 
 
-def test_nothing_to_go_on_from_finished_and_begun_again(stopped, start, whole, fresh):
+def test_nothing_to_resume_started_anew_and_finished(stopped, start, whole, fresh):
     empty = fresh("ppo", "empty")
     code, text, _ = start(empty, "ppo", "--resume")
-    assert code == 1 and text == "ppo.py: --resume: there is no out/ppo.state.pt to go on from; leave --resume out\n"
+    assert code == 1
+    assert text == "ppo.py: --resume: there is no out/ppo.state.pt to resume from; drop --resume\n"
     out, unfinished = stopped / "out", (stopped / "out/ppo.state.pt").read_bytes()
     code, text, _ = start(stopped, "ppo")  # anew, over one that was stopped
-    assert code == 0 and "kept as out/ppo.state.prev.pt" in text and "kept as out/ppo.prev.jsonl" in text
+    assert code == 0 and "moved to out/ppo.state.prev.pt" in text and "moved to out/ppo.prev.jsonl" in text
     assert (out / "ppo.state.prev.pt").read_bytes() == unfinished
     assert_same(stopped, whole[0], "ppo")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     code, text, _ = start(stopped, "ppo", "--resume")
-    assert code == 0 and "this run is finished; to begin a new one leave --resume out" in text
+    assert code == 0 and "this run has finished; drop --resume to start a new one" in text
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert "--updates was 12" in start(stopped, "ppo", "--resume", "--updates", "20")[1]
 

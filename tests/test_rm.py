@@ -1,32 +1,28 @@
 """Reward model: the ranking loss, the texts it reads, its scale, and train_rm.py from end to end.
 
-R.. are the checks of the project's recipe, section 5.
+Ids (R10, ...): docs/method.md.
 """
 import itertools
-import json
 import math
 import random
 
 import pytest
 import torch
-from common import load, pad, save
+from helpers import BYTES, gen, jsonl, lines, tiny_gpt
 
 import train_rm
-from data.records import UserError
-from data.tokenizer import get_tokenizer
+from data.examples import Ranking, encode_rankings, pad
+from data.files import UserError
+from lib.checkpoint import load, save
+from lib.generate import generate
+from lib.report import accuracy, calibration_error, report_pairs
+from lib.rewards import score_rows
 from model import GPT, Block, GPTConfig, RewardModel, Trunk
-from train_rm import Config, accuracy, calibration_error, encode, ranking_loss
-
-BYTES = get_tokenizer("bytes")
+from train_rm import Config, ranking_loss
 
 
-def tiny_gpt(seed=0, std=0.3, **sizes):
-    torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(**{"vocab_size": 17, "block_size": 32, "n_layer": 2, "n_head": 2, "d_model": 32, **sizes}))
-    for p in gpt.parameters():
-        if std and p.dim() > 1:
-            torch.nn.init.normal_(p, std=std)
-    return gpt.eval()
+def encode(examples, room, name="x"):
+    return encode_rankings(examples, BYTES, room, name)
 
 
 def pairs_by_hand(scores, ranks):
@@ -47,7 +43,8 @@ def mean(x):
 # ---- ranking_loss ----
 
 @pytest.mark.parametrize("scores, expected", [
-    ((2, 1, 0, -1), .2070380727), ((1.5, .5, -1), .1978548999), ((0, 0, 0, 0), .6931471806), ((0, 0), .6931471806)])
+    ((2, 1, 0, -1), .2070380727), ((1.5, .5, -1), .1978548999), ((0, 0, 0, 0), .6931471806),
+    ((0, 0), .6931471806)])
 def test_R10_R11_fixtures(scores, expected):
     loss, _ = ranking_loss(torch.tensor(scores, dtype=torch.float64), [list(range(len(scores)))])
     assert loss.item() == pytest.approx(expected, abs=1e-7)
@@ -55,7 +52,7 @@ def test_R10_R11_fixtures(scores, expected):
 
 def test_R10_random_head_starts_above_ln2():
     """Over both orders the mean loss is about ln 2 + Var(gap)/8, and never below ln 2."""
-    gap = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 0.5
+    gap = torch.randn(4000, generator=gen(0)) * 0.5
     scores = torch.stack([gap, torch.zeros_like(gap)], 1).flatten()
     both = [ranking_loss(scores, [ranks] * len(gap))[0].item() for ranks in ([0, 1], [1, 0])]
     assert mean(both) > math.log(2)
@@ -66,41 +63,47 @@ def test_micro_batches_change_no_gradient(monkeypatch):
     """Also with K of 2 to 4, with ties, and with a prompt that makes no pair at all and so counts nothing."""
     rng = random.Random(0)
     ranks = [[0, 1], [0, 0], [1, 0, 1], [0, 1, 2, 2], [1, 0], [0, 1, 1]]
-    groups = [train_rm.Ranking([], [[rng.randrange(17) for _ in range(rng.randint(2, 9))] for _ in r], r, (), None)
-              for r in ranks]
+
+    def text():
+        return [rng.randrange(17) for _ in range(rng.randint(2, 9))]
+
+    groups = [Ranking([], [text() for _ in r], r, (), None) for r in ranks]
     results = {}
     for size in (1, 30, 10**6):
         torch.manual_seed(0)
         rm = RewardModel(Trunk(GPTConfig(17, 16, 1, 2, 16)))
-        results[size] = *train_rm.ranking_backward(rm, groups, size, "cpu", 1), [p.grad for p in rm.parameters()]
-    fed, pad = [], train_rm.pad
-    monkeypatch.setattr(train_rm, "pad", lambda rows, device: fed.append(len(rows) * max(map(len, rows))) or pad(rows, device))
+        numbers = train_rm.ranking_backward(rm, groups, size, "cpu", 1)
+        results[size] = *numbers, [p.grad for p in rm.parameters()]
+    fed = []
+    monkeypatch.setattr(train_rm, "pad", lambda rows, device: fed.append(len(rows) * max(map(len, rows)))
+                        or pad(rows, device))
     train_rm.ranking_backward(RewardModel(Trunk(GPTConfig(17, 16, 1, 2, 16))), groups, 40, "cpu", 1)
     assert max(fed) <= 40 and len(fed) > 2  # padding included
     monkeypatch.undo()
-    whole = ranking_loss(rm.score(*train_rm.pad([row for g in groups for row in g.rows])), ranks)
+    whole = ranking_loss(rm.score(*pad([row for g in groups for row in g.rows])), ranks)
     assert results[10**6][:2] == pytest.approx([x.item() for x in whole], rel=1e-5)
     for size in (1, 30):
         assert results[size][:2] == pytest.approx(results[10**6][:2], rel=1e-5)
-        for a, b in zip(results[size][2], results[10**6][2]):
+        for a, b in zip(results[size][2], results[10**6][2], strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 def test_sizes_are_the_longest_text_of_a_prompt_and_their_number():
-    groups = [train_rm.Ranking([], [[1] * n for n in lengths], [], (), None) for lengths in ([2, 7, 3], [4, 1])]
+    groups = [Ranking([], [[1] * n for n in lengths], [], (), None) for lengths in ([2, 7, 3], [4, 1])]
     assert train_rm.sizes(groups) == {"lengths": [7, 4], "rows": [3, 2]}
 
 
 def test_R11_R14_mixed_K_is_the_mean_over_prompts_of_the_mean_over_pairs():
     """K = 4, 9, 2, 3 with ties in one batch; a K=9 prompt counts as much as a K=4 prompt, not 36:6."""
     groups = [[0, 1, 2, 3], list(range(9)), [1, 0], [2, 0, 2]]
-    scores = torch.randn(18, generator=torch.Generator().manual_seed(0))
-    parts = [pairs_by_hand(s, ranks) for s, ranks in zip(scores.split([4, 9, 2, 3]), groups)]
+    scores = torch.randn(18, generator=gen(0))
+    parts = [pairs_by_hand(s, ranks) for s, ranks in zip(scores.split([4, 9, 2, 3]), groups, strict=True)]
     loss, right = ranking_loss(scores, groups)
     assert loss.item() == pytest.approx(mean([mean(losses) for losses, _ in parts]), abs=1e-6)
     assert right.item() == pytest.approx(mean([mean(r) for _, r in parts]), abs=1e-6)
-    pairwise = sum(ranking_loss(scores[[i, j]], [[0, 1]])[0].item() for i, j in itertools.combinations(range(4), 2)) / 6
-    assert ranking_loss(scores[:4], groups[:1])[0].item() == pytest.approx(pairwise, abs=1e-6)
+    pairwise = [ranking_loss(scores[[i, j]], [[0, 1]])[0].item()
+                for i, j in itertools.combinations(range(4), 2)]
+    assert ranking_loss(scores[:4], groups[:1])[0].item() == pytest.approx(mean(pairwise), abs=1e-6)
 
 
 def test_R12_gradient_at_equal_scores():
@@ -110,7 +113,7 @@ def test_R12_gradient_at_equal_scores():
 
 
 def test_R13_shift_and_swap():
-    scores = torch.randn(6, generator=torch.Generator().manual_seed(1))
+    scores = torch.randn(6, generator=gen(1))
     loss, right = ranking_loss(scores, [[0, 1, 2], [2, 0, 1]])
     shifted = scores + torch.tensor([5., 5, 5, -7, -7, -7])
     torch.testing.assert_close(ranking_loss(shifted, [[0, 1, 2], [2, 0, 1]])[0], loss, atol=1e-5, rtol=0)
@@ -122,7 +125,8 @@ def test_R16_ties_make_no_pair_and_a_tied_prompt_has_no_weight():
     loss, right = ranking_loss(scores, [[5, 5, 5]])
     loss.backward()
     assert loss.item() == 0 and right.item() == 0 and torch.equal(scores.grad, torch.zeros(3))
-    both, one = ranking_loss(torch.tensor([1., 2, 3, 0, 1]), [[5, 5, 5], [0, 1]]), ranking_loss(torch.tensor([0., 1]), [[0, 1]])
+    both = ranking_loss(torch.tensor([1., 2, 3, 0, 1]), [[5, 5, 5], [0, 1]])
+    one = ranking_loss(torch.tensor([0., 1]), [[0, 1]])
     assert both[0].item() == pytest.approx(one[0].item()) and both[1].item() == one[1].item()
     tie = ranking_loss(torch.tensor([1., 9, -3]), [[0, 1, 1]])[0].item()
     assert tie == pytest.approx(mean(pairs_by_hand([1, 9, -3], [0, 1, 1])[0]), abs=1e-6)
@@ -139,7 +143,7 @@ def test_R17_stable_at_large_gaps(gap, expected):
 
 def test_R18_bias_gets_no_gradient():
     rm = RewardModel.from_gpt(tiny_gpt())
-    tokens, lengths = torch.randint(17, (5, 9), generator=torch.Generator().manual_seed(0)), torch.tensor([9, 4, 6, 7, 2])
+    tokens, lengths = torch.randint(17, (5, 9), generator=gen(0)), torch.tensor([9, 4, 6, 7, 2])
     ranking_loss(rm.score(tokens, lengths), [[0, 1], [1, 0, 2]])[0].backward()
     assert rm.reward_head.bias.grad.abs().item() < 1e-6 < rm.reward_head.weight.grad.abs().max().item()
 
@@ -156,13 +160,14 @@ def test_a_wrong_number_of_scores_is_refused():
 
 @pytest.mark.parametrize("pool", RewardModel.POOLS)
 def test_R3_poison_at_pads_reaches_neither_loss_nor_gradients(pool):
-    """Hidden states of pads are 1e9, their scores NaN: nothing changes. So a read at a wrong place explodes."""
+    """Hidden states of padding are 1e9, its scores NaN, and nothing changes: a wrong read would explode."""
     rm = RewardModel.from_gpt(tiny_gpt(), pool).eval()
     tokens, lengths = pad([[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5], [8, 9, 7, 9]])
 
     def run(poison):
         real = torch.arange(tokens.shape[1] + (pool == "token")) < (lengths + (pool == "token"))[:, None]
-        hidden = rm.trunk.ln_f.register_forward_hook(lambda m, i, out: torch.where(real[:, :, None], out, 1e9))
+        hidden = rm.trunk.ln_f.register_forward_hook(
+            lambda m, i, out: torch.where(real[:, :, None], out, 1e9))
         heads = rm.reward_head.register_forward_hook(
             lambda m, i, out: torch.where(real[:, :, None], out, math.nan) if out.dim() == 3 else out)
         if not poison:
@@ -175,7 +180,7 @@ def test_R3_poison_at_pads_reaches_neither_loss_nor_gradients(pool):
 
     (clean, grads), (poisoned, poisoned_grads) = run(False), run(True)
     assert poisoned == pytest.approx(clean, abs=1e-6)
-    for a, b in zip(grads, poisoned_grads):
+    for a, b in zip(grads, poisoned_grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
@@ -187,33 +192,38 @@ def test_R1_R4_R8_a_text_scores_the_same_alone_and_in_any_batch(pool):
     tokens, lengths = pad(rows)
     torch.testing.assert_close(rm.score(tokens, lengths), alone, atol=1e-5, rtol=0)
     beyond = torch.arange(12) >= lengths[:, None]
-    noise = torch.where(beyond, torch.randint(17, (4, 12), generator=torch.Generator().manual_seed(0)),
+    noise = torch.where(beyond, torch.randint(17, (4, 12), generator=gen(0)),
                         torch.nn.functional.pad(tokens, (0, 5)))
     torch.testing.assert_close(rm.score(noise, lengths), alone, atol=1e-5, rtol=0)
     assert (alone - alone.mean()).abs().min() > 1e-3
 
 
-# ---- encode ----
+# ---- data/examples.py ----
 
 def test_encode_cuts_the_prompt_alike_for_all_responses_and_counts(capsys):
-    examples = [("0123456789", ["ab", "cdef"], [0, 1], None), ("xy", ["far too long a text", "ok"], [0, 1], None),
+    examples = [("0123456789", ["ab", "cdef"], [0, 1], None),
+                ("xy", ["far too long a text", "ok"], [0, 1], None),
                 ("", ["p", "q", "r"], [1, 0, 0], [1, 2, 2])]
-    groups = encode(examples, BYTES, 10, "some.jsonl")
-    first, empty = groups
-    assert BYTES.decode(first.prompt) == "56789"  # room 10 = 5 of the prompt, 4 of the longest response, eos
-    assert first.rows == [list(b"56789ab") + [BYTES.eos], list(b"56789cdef") + [BYTES.eos]]
-    assert empty.prompt == [] and empty.rows == [list(b"p") + [BYTES.eos], list(b"q") + [BYTES.eos], list(b"r") + [BYTES.eos]]
-    assert empty.ranks == [1, 0, 0] and empty.gold == [1, 2, 2] and tuple(first.texts) == ("0123456789", ["ab", "cdef"])
-    assert "of 3 prompts 1 cut from the left, 1 with a response too long" in capsys.readouterr().out
+    first, empty = encode(examples, 10, "some.jsonl")
+    assert first.prompt == [*b"56789"]  # room 10 = 5 of the prompt, 4 of the longest response, eos
+    assert first.rows == [[*b"56789ab", BYTES.eos], [*b"56789cdef", BYTES.eos]]
+    assert first.ranks == [0, 1] and first.gold is None and first.texts == ("0123456789", ["ab", "cdef"])
+    assert empty.prompt == [] and empty.rows == [[*b"p", BYTES.eos], [*b"q", BYTES.eos], [*b"r", BYTES.eos]]
+    assert empty.ranks == [1, 0, 0] and empty.gold == [1, 2, 2] and empty.texts == ("", ["p", "q", "r"])
+    said = capsys.readouterr().out
+    assert "some.jsonl: of 3 examples, 1 prompts truncated from the left and 1 dropped" in said
+    assert "a response that does not fit into 10 tokens" in said
 
 
 def test_encode_exact_fit_is_not_cut_and_nothing_left_is_an_error(capsys):
-    assert encode([("abc", ["d", "e"], [0, 1], None)], BYTES, 5, "x")[0].rows[0] == list(b"abcd") + [BYTES.eos]
+    whole, = encode([("abc", ["d", "e"], [0, 1], None)], 5)
+    assert whole.rows == [[*b"abcd", BYTES.eos], [*b"abce", BYTES.eos]]
     assert capsys.readouterr().out == ""
-    assert encode([("abc", ["defg", "e"], [0, 1], None)], BYTES, 6, "x")[0].prompt == list(b"c")  # one token is left
+    left, = encode([("abc", ["defg", "e"], [0, 1], None)], 6)  # one token of the prompt is left
+    assert left.prompt == [*b"c"] and left.rows == [[*b"cdefg", BYTES.eos], [*b"ce", BYTES.eos]]
     for long in ("defgh", "defghi"):  # the first leaves no token
-        with pytest.raises(UserError, match="x: no example fits"):
-            encode([("abc", [long, "e"], [0, 1], None)], BYTES, 6, "x")
+        with pytest.raises(UserError, match="x: no example fits into 6 tokens"):
+            encode([("abc", [long, "e"], [0, 1], None)], 6)
 
 
 # ---- scale ----
@@ -221,7 +231,7 @@ def test_encode_exact_fit_is_not_cut_and_nothing_left_is_an_error(capsys):
 @pytest.mark.parametrize("pool", RewardModel.POOLS)
 def test_R19_R20_normalise_once_keeps_the_order_and_survives_saving(pool, tmp_path):
     rm = RewardModel.from_gpt(tiny_gpt(vocab_size=257), pool).eval()
-    tokens, lengths = torch.randint(257, (40, 12), generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10 + 2
+    tokens, lengths = torch.randint(257, (40, 12), generator=gen(0)), torch.arange(40) % 10 + 2
     with torch.inference_mode():
         raw = rm.score(tokens, lengths)
         rm.normalise(raw)
@@ -244,7 +254,7 @@ def test_R19_R20_normalise_once_keeps_the_order_and_survives_saving(pool, tmp_pa
 
 
 def test_R20_a_shift_alone_is_a_normalisation_and_carries_no_gradient():
-    """Of scores with standard deviation 1 just the mean goes; scores that can be trained on leave nothing behind."""
+    """Scores with standard deviation 1 are only shifted; of scores with a gradient none is kept."""
     rm = RewardModel.from_gpt(tiny_gpt())
     rm.normalise(torch.tensor([1.0, 3.0], requires_grad=True))
     assert rm.shift == 2 and rm.scale == 1 and not rm.shift.requires_grad and not rm.scale.requires_grad
@@ -260,15 +270,15 @@ def test_R20_equal_scores_are_refused():
 # ---- report ----
 
 def test_R26_calibration_error():
-    g = torch.Generator().manual_seed(0)
+    g = gen(0)
     true = torch.randn(20000, generator=g) * 1.5
-    gap = torch.where(torch.rand(20000, generator=g) < true.sigmoid(), true, -true)  # score of the winner - loser
+    gap = torch.where(torch.rand(20000, generator=g) < true.sigmoid(), true, -true)  # winner - loser
     assert calibration_error(gap) < 0.015
     assert calibration_error(3 * gap) > 0.1 and calibration_error(gap / 3) > 0.05
 
 
 def test_R26_calibration_error_by_hand():
-    """Ten equal bins of the margin, from 0.5 to 1; a margin of 1 is in the last, an equal pair half right."""
+    """Ten equal bins of the margin, from 0.5 to 1; a margin of 1 is in the last, a tie is half right."""
     gap = [0.0, 0.0, 0.1, -0.15, 0.3, 0.66, -0.8, 2.0, -2.1, 2.05, 2.5, 3.5, -40.0, 1e4, 1e4]
     bins = {}
     for x in gap:
@@ -283,14 +293,15 @@ def test_R24_report_prints_longer_wins_and_the_ceiling(capsys):
     examples = [("p", ["longer", "short"], [0, 1], [3, 1]), ("p", ["s", "longest of these"], [0, 1], [1, 4]),
                 ("p", ["ab", "cd"], [0, 1], None), ("p", ["a", "abc", "ab"], [2, 0, 1], [1, 2, 1.5]),
                 ("p", ["aa", "ba", "abcd"], [0, 0, 1], [2, 2, 1.9])]  # R16: the two at the top make no pair
-    groups = encode(examples, BYTES, 32, "x")
+    groups = encode(examples, 32)
 
     class World:
         ceiling = staticmethod(lambda prompt, better, worse: 0.75)
 
-    result = train_rm.report(rm, groups, World, Config(batch_tokens=64, wide_gap=1.5), "cpu")
+    result = report_pairs(rm, groups, World, Config(batch_tokens=64, wide_gap=1.5), "cpu")
     out = capsys.readouterr().out
-    assert result["longer_wins"] == pytest.approx((1 + 0 + .5 + 1 + 1 + 1 + 0 + 0) / 8) and "longer wins 56.2%" in out
+    assert result["longer_wins"] == pytest.approx((1 + 0 + .5 + 1 + 1 + 1 + 0 + 0) / 8)
+    assert "longer wins 56.2%" in out
     assert result["pairs"] == 8 and result["ceiling"] == 0.75 and "ceiling 75.0%" in out
     scores = rm.score(*pad([row for group in groups for row in group.rows])).tolist()
     start, right = 0, []
@@ -298,7 +309,7 @@ def test_R24_report_prints_longer_wins_and_the_ceiling(capsys):
         right += pairs_by_hand(scores[start:start + len(group.rows)], group.ranks)[1]
         start += len(group.rows)
     assert result["accuracy"] == pytest.approx(mean(right))
-    assert result["accuracy_wide"] == pytest.approx(mean(right[:2]))  # only these two differ by more than 1.5 in gold
+    assert result["accuracy_wide"] == pytest.approx(mean(right[:2]))  # the only gaps in gold above 1.5
     assert -1 <= result["length_correlation"] <= 1
 
 
@@ -316,17 +327,17 @@ def more_a_wins(n, rng, shuffled=False, K=2):
 def make_run(folder, train, val, **sizes):
     """A folder that is both --data and --out."""
     for name, rows in (("preferences", train), ("preferences_val", val)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        jsonl(folder / f"{name}.jsonl", rows)
     sizes = {"vocab_size": 257, "block_size": 16, "n_layer": 1, **sizes}
     save(folder / "sft.pt", tiny_gpt(std=None, **sizes), BYTES)
     return str(folder)
 
 
 def last_report(folder):
-    lines = [json.loads(line) for line in (folder / "rm.jsonl").read_text().splitlines()]
-    return lines[-1]["report"]
+    return lines(folder / "rm.jsonl")[-1]["report"]
 
 
+@pytest.mark.slow
 def test_R22_learns_a_planted_preference(tmp_path):
     rng = random.Random(0)
     run = make_run(tmp_path, more_a_wins(600, rng), more_a_wins(200, rng))
@@ -338,15 +349,18 @@ def test_R22_learns_a_planted_preference(tmp_path):
     assert a > b + 1  # the sign, through the checkpoint, in standard deviations
 
 
+@pytest.mark.slow
 def test_R22_a_quarter_of_the_labels_turned_round(tmp_path):
-    """Trained on them it is still right on clean pairs; on such labels nobody is right more than 75% of the time."""
+    """Still right on clean pairs; on labels like those of training nobody is right more than 75% of times."""
     rng = random.Random(0)
-    turn = lambda row: {**row, "responses": row["responses"][:: rng.choice([-1, 1, 1, 1])]}
-    run = make_run(tmp_path, map(turn, more_a_wins(600, rng)), more_a_wins(200, rng))
+    train = [{**row, "responses": row["responses"][:: rng.choice([-1, 1, 1, 1])]}
+             for row in more_a_wins(600, rng)]
+    run = make_run(tmp_path, train, more_a_wins(200, rng))
     train_rm.main(Config(data=run, out=run, batch_tokens=320, epochs=2, lr=3e-3, device="cpu"))
     assert last_report(tmp_path)["accuracy"] > 0.85
 
 
+@pytest.mark.slow
 def test_R23_shuffled_labels_stay_at_chance(tmp_path):
     rng = random.Random(1)
     run = make_run(tmp_path, more_a_wins(300, rng, shuffled=True), more_a_wins(300, rng, shuffled=True))
@@ -395,29 +409,32 @@ def ending_gpt():
 
 
 def test_sample_texts_goes_on_from_every_prompt_once():
-    """In batches of 128, in their order; a text that does not end, or has nothing new, is left out."""
-    gpt, prompts, g = ending_gpt(), [[i % 256, i // 256, 7][: 2 + (i % 3 == 0)] for i in range(300)], torch.Generator().manual_seed(1)
-    got = train_rm.sample_texts(gpt, prompts, 256, 12, torch.Generator().manual_seed(1), "cpu")
+    """In batches, in their order; a text that does not end, or has nothing new, is left out."""
+    gpt, g = ending_gpt(), gen(1)
+    prompts = [[i % 256, i // 256, 7][: 2 + (i % 3 == 0)] for i in range(300)]
+    got = train_rm.sample_texts(gpt, prompts, 256, 12, gen(1), "cpu")
     expected = []
     for part in (prompts[:128], prompts[128:256], prompts[256:]):
-        tokens, lengths = gpt.generate(*pad(part), 12 - 3, eos=256, generator=g)
-        expected += [row[:n].tolist() for row, n in zip(tokens, lengths) if row[n - 1] == 256]
+        tokens, lengths = generate(gpt, *pad(part), 12 - 3, eos=256, generator=g)
+        expected += [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True) if row[n - 1] == 256]
     assert got == expected and 100 < len(got) < 300
     assert train_rm.sample_texts(gpt, [[1, 256], [5, 6, 7]], 256, 3, g, "cpu") == []
 
 
 @pytest.mark.parametrize("pool", ["last", "token"])
 def test_R19_samples_of_the_sft_model_are_standard(monkeypatch, tmp_path, pool):
-    """normalise: the finished samples of the SFT model, and only those, get mean 0 and sd 1; with room for a reward token."""
+    """normalise: the finished samples of the SFT model, and only those, get mean 0 and sd 1; they leave room
+    for a reward token."""
     gpt = ending_gpt()
     rm = RewardModel.from_gpt(tiny_gpt(vocab_size=257, block_size=16), pool).eval()
-    seen, shipped = [], train_rm.score_rows
-    monkeypatch.setattr(train_rm, "score_rows", lambda rm, rows, *rest: seen.extend(rows) or shipped(rm, rows, *rest))
-    groups = encode([("x" * (9 + i % 5), ["a", "b"], [0, 1], None) for i in range(600)], BYTES, 16, "x")
+    seen, room = [], 16 - (pool == "token")
+    monkeypatch.setattr(train_rm, "score_rows", lambda rm, rows, *rest: seen.extend(rows)
+                        or score_rows(rm, rows, *rest))
+    groups = encode([("x" * (9 + i % 5), ["a", "b"], [0, 1], None) for i in range(600)], 16)
     train_rm.normalise(rm, gpt, groups, tmp_path, BYTES, Config(), "cpu")
-    assert seen == train_rm.sample_texts(gpt, [group.prompt for group in groups[:512]], 256, 16 - (pool == "token"),
-                                         torch.Generator().manual_seed(Config.seed), "cpu")
+    prompts = [group.prompt for group in groups[:512]]
+    assert seen == train_rm.sample_texts(gpt, prompts, 256, room, gen(Config.seed), "cpu")
     assert 64 <= len(seen) < 512 and all(row[-1] == 256 and row[0] == ord("x") for row in seen)
-    assert len({len(row) for row in seen}) > 3 and max(map(len, seen)) == 16 - (pool == "token")
-    scores = shipped(rm, seen, 256, "cpu")
+    assert len({len(row) for row in seen}) > 3 and max(map(len, seen)) == room
+    scores = score_rows(rm, seen, 256, "cpu")
     assert scores.mean().abs() < 1e-4 and scores.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
