@@ -1,6 +1,7 @@
 """Files: errors a user can act on, strict JSON, atomic writes, no archives that unpack to fill the memory."""
 import json
 import os
+import re
 import shutil
 import zipfile
 from contextlib import contextmanager
@@ -46,7 +47,6 @@ def atomic_file(path):
     """
     beside = _beside(path)
     try:
-        beside.unlink(missing_ok=True)  # left by a crashed process with our id
         with open(beside, "xb") as file:  # x: never through somebody's link
             yield file
             file.flush()
@@ -61,7 +61,6 @@ def atomic_folder(path):
     """A new folder to fill, as a Path; it takes the place of `path`, which must be absent or empty."""
     beside = _beside(path)
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # left by a crashed process with our id
         beside.mkdir(parents=True)
         yield beside
         os.replace(beside, path)
@@ -70,8 +69,29 @@ def atomic_folder(path):
 
 
 def _beside(path):
+    """NAME.partPID, free to be made; what dead processes left there of the same NAME is deleted."""
     path = Path(path)
+    for old in path.parent.glob(f"{_escape(path.name)}.part*") if path.parent.is_dir() else ():
+        found = re.fullmatch(r"\.part(\d+)", old.name[len(path.name):])
+        if found and (int(found[1]) == os.getpid() or not _alive(int(found[1]))):
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() and not old.is_symlink() else old.unlink()
     return path.with_name(f"{path.name}.part{os.getpid()}")
+
+
+def _escape(name):
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _alive(pid):
+    if os.name != "posix":  # there, signal 0 would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # somebody else's, or no way to know
+    return True
 
 
 def check_stored(path):
