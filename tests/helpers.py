@@ -1,4 +1,4 @@
-"""What several test files share: tiny models, token rows, JSONL files, the smallest settings of each script."""
+"""What several test files share: tiny models, token rows, JSONL files, smallest settings of each script."""
 import json
 import random
 from pathlib import Path

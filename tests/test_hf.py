@@ -1,23 +1,24 @@
-"""hf.py: nothing is lost on the way out and back, transformers agrees, and no bad file is let in."""
+"""tools/hf.py: round trips lose nothing, transformers agrees, and no bad file gets in."""
 import json
 import math
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
-import types
 import zipfile
 
-import common
-import hf
 import numpy as np
 import pytest
 import torch
 
-from data.records import UserError
+from data.examples import pad
+from data.files import UserError
 from data.tokenizer import get_tokenizer
+from lib import checkpoint
 from model import GPT, RewardModel
+from tools import hf
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers would otherwise ask for a chat template
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -40,14 +41,14 @@ def gpt2(monkeypatch):
 
 
 def exported(model, tmp_path, tokenizer="bytes", name="theirs"):
-    common.save(tmp_path / f"{name}.pt", model, get_tokenizer(tokenizer))
+    checkpoint.save(tmp_path / f"{name}.pt", model, get_tokenizer(tokenizer))
     hf.main(["export", str(tmp_path / f"{name}.pt"), str(tmp_path / name)])
     return tmp_path / name
 
 
 def imported(source, tmp_path, tokenizer="bytes"):
     hf.main(["import", str(source), str(tmp_path / "in.pt"), "--tokenizer", tokenizer])
-    return common.load(GPT, tmp_path / "in.pt")
+    return checkpoint.load(GPT, tmp_path / "in.pt")
 
 
 # ---- out and back ----
@@ -61,7 +62,7 @@ def test_round_trip_is_exact(tiny, tmp_path, bias):
     for name, weight in gpt.state_dict().items():
         assert torch.equal(weight, theirs[name]) and theirs[name].is_contiguous()
     assert bias or not any(theirs[name].any() for name in theirs.keys() - gpt.state_dict().keys())
-    assert common.load_tokenizer(tmp_path / "in.pt").name == "bytes"
+    assert checkpoint.load_tokenizer(tmp_path / "in.pt").name == "bytes"
 
 
 def test_matrices_are_in_out(tiny, tmp_path):
@@ -69,7 +70,8 @@ def test_matrices_are_in_out(tiny, tmp_path):
     gpt = tiny(**BYTES)
     theirs, x = hf.read_safetensors(exported(gpt, tmp_path) / "model.safetensors"), torch.randn(3, 32)
     block = gpt.trunk.blocks[1]
-    for name, ours in (("attn.c_attn", block.attn.qkv), ("mlp.c_fc", block.mlp.up), ("attn.c_proj", block.attn.proj)):
+    for name, ours in (("attn.c_attn", block.attn.qkv), ("mlp.c_fc", block.mlp.up),
+                       ("attn.c_proj", block.attn.proj)):
         W, b = (theirs[f"transformer.h.1.{name}.{kind}"] for kind in ("weight", "bias"))
         np.testing.assert_allclose(x.numpy() @ W.numpy() + b.numpy(), ours(x).detach().numpy(), atol=1e-5)
     assert theirs["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
@@ -114,7 +116,7 @@ def test_without_config_heads_are_64_wide(tiny, tmp_path, capsys):
     tensors, _, gpt = raw(tiny, tmp_path, d_model=128, n_head=2)
     folder = folder_of(tensors, None, tmp_path)
     assert imported(folder / "model.safetensors", tmp_path).config == gpt.config
-    assert "n_head is taken as 128/64" in capsys.readouterr().out
+    assert "n_head is set to 128/64" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -130,14 +132,11 @@ def test_half_precision_becomes_float32(tiny, tmp_path, dtype):
 
 def test_a_checkpoint_is_no_larger_than_its_weights(tiny, tmp_path):
     imported(exported(tiny(**BYTES), tmp_path), tmp_path)
-    assert (tmp_path / "in.pt").stat().st_size < 1.3 * (tmp_path / "theirs" / "model.safetensors").stat().st_size
+    theirs = tmp_path / "theirs" / "model.safetensors"
+    assert (tmp_path / "in.pt").stat().st_size < 1.3 * theirs.stat().st_size
 
 
 # ---- names and the download ----
-
-def fake_download(monkeypatch, download):
-    monkeypatch.setitem(sys.modules, "data.download", types.SimpleNamespace(download=download))
-
 
 def test_a_known_name_is_downloaded_once(tiny, tmp_path, monkeypatch):
     folder, theirs, asked = exported(tiny(**SMALL), tmp_path), tmp_path / "theirs.pt", []
@@ -150,7 +149,7 @@ def test_a_known_name_is_downloaded_once(tiny, tmp_path, monkeypatch):
             check(path)
             with pytest.raises(UserError):
                 check(theirs)
-    fake_download(monkeypatch, download)
+    monkeypatch.setattr(hf, "download", download)
     for _ in range(2):
         imported("gpt2-medium", tmp_path)
     start = "https://huggingface.co/openai-community/gpt2-medium/resolve/main/"
@@ -160,7 +159,8 @@ def test_a_known_name_is_downloaded_once(tiny, tmp_path, monkeypatch):
 def test_no_network_tells_of_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(hf, "URL", "http://127.0.0.1:1/{}/{}")  # where nobody listens
-    with pytest.raises(UserError, match="cannot download .*config.json .*; give a folder .*import FOLDER out/gpt2.pt"):
+    with pytest.raises(UserError, match="can't download .*config.json .*; give a folder .*"
+                                        "python -m tools.hf import FOLDER out/gpt2.pt"):
         imported("gpt2", tmp_path)
 
 
@@ -176,30 +176,33 @@ def entry(shape=(2, 2), offsets=(0, 16), dtype="F32"):
 
 
 BAD_FILES = {
-    "empty": (b"", "no safetensors file, or is cut off"),
-    "short": (b"\3\0\0", "no safetensors file, or is cut off"),
-    "random": (bytes(range(7, 250)), "no safetensors file, or is cut off"),
-    "header too long": (blob({}, n=2**63), "no safetensors file, or is cut off"),
-    "no JSON": (blob(b"{not json"), "is not JSON"),
-    "no UTF-8": (blob(b"\xff\xfe{}"), "is not JSON"),
-    "deep": (blob(b"[" * 200_000), "is not JSON"),
-    "no object": (blob([1]), "is not a JSON object"),
-    "twice": (blob(b'{"a": 1, "a": 2}'), "stands twice"),
-    "long number": (blob(b'{"a": ' + b"9" * 5000 + b"}"), "is not JSON"),
-    "cut off": (blob({"a": entry()}, bytes(9)), "cut off or damaged.* 16 bytes .* there are 9"),
-    "past the end": (blob({"a": entry(), "b": entry(offsets=(16, 32))}, bytes(16)), "there are 16"),
-    "too much": (blob({"a": entry()}, bytes(20)), "there are 20"),
-    "overlap": (blob({"a": entry(), "b": entry(offsets=(8, 24))}, bytes(24)), "'b' begin at byte 8 instead of 16"),
+    "empty": (b"", "x.safetensors is not a safetensors file, or is truncated"),
+    "short": (b"\3\0\0", "x.safetensors is not a safetensors file, or is truncated"),
+    "random": (bytes(range(7, 250)), "x.safetensors is not a safetensors file, or is truncated"),
+    "header too long": (blob({}, n=2**63), "x.safetensors is not a safetensors file, or is truncated"),
+    "no JSON": (blob(b"{not json"), "x.safetensors: header: not JSON: Expecting property name"),
+    "no UTF-8": (blob(b"\xff\xfe{}"), "header: not UTF-8 at byte 0"),
+    "deep": (blob(b"[" * 200_000), "header: not JSON: nested too deeply"),
+    "no object": (blob([1]), "header: not a JSON object"),
+    "twice": (blob(b'{"a": 1, "a": 2}'), "x.safetensors: header: duplicate key 'a'"),
+    "long number": (blob(b'{"a": ' + b"9" * 5000 + b"}"), "header: not JSON: a number is too long"),
+    "truncated": (blob({"a": entry()}, bytes(9)), "truncated or corrupt.* 16 bytes .* has 9"),
+    "past the end": (blob({"a": entry(), "b": entry(offsets=(16, 32))}, bytes(16)),
+                     "32 bytes of data, the file has 16"),
+    "too much": (blob({"a": entry()}, bytes(20)), "16 bytes of data, the file has 20"),
+    "overlap": (blob({"a": entry(), "b": entry(offsets=(8, 24))}, bytes(24)),
+                "'b' starts at byte 8 instead of 16"),
     "same place": (blob({"a": entry(), "b": entry()}, bytes(16)), "gap or an overlap"),
-    "gap": (blob({"a": entry(offsets=(4, 20))}, bytes(20)), "begin at byte 4 instead of 0"),
-    "negative": (blob({"a": entry(offsets=(-16, 0))}, bytes(16)), "data_offsets .* no list of sizes"),
-    "negative shape": (blob({"a": entry((-2, -2))}, bytes(16)), "shape .* no list of sizes"),
-    "bools": (blob({"a": entry((True, 4))}, bytes(16)), "shape .* no list of sizes"),
-    "float": (blob({"a": entry((2.0, 2))}, bytes(16)), "shape .* no list of sizes"),
-    "huge": (blob({"a": entry((2**62, 2**62))}, bytes(16)), "takes 85070591"),
-    "many dimensions": (blob({"a": entry((2**62,) * 10**5)}, bytes(16)), "no list of sizes"),
-    "offsets of three": (blob({"a": entry(offsets=(0, 8, 16))}, bytes(16)), "lies at bytes"),
-    "wrong length": (blob({"a": entry((2, 3))}, bytes(16)), "takes 24"),
+    "gap": (blob({"a": entry(offsets=(4, 20))}, bytes(20)), "starts at byte 4 instead of 0"),
+    "negative": (blob({"a": entry(offsets=(-16, 0))}, bytes(16)), "data_offsets .* must be a list of sizes"),
+    "negative shape": (blob({"a": entry((-2, -2))}, bytes(16)), "shape .* must be a list of sizes"),
+    "bools": (blob({"a": entry((True, 4))}, bytes(16)), "shape .* must be a list of sizes"),
+    "float": (blob({"a": entry((2.0, 2))}, bytes(16)), "shape .* must be a list of sizes"),
+    "huge": (blob({"a": entry((2**62, 2**62))}, bytes(16)), ": 85070591[0-9]+ bytes"),
+    "many dimensions": (blob({"a": entry((2**62,) * 10**5)}, bytes(16)), "must be a list of sizes"),
+    "three offsets": (blob({"a": entry(offsets=(0, 8, 16))}, bytes(16)),
+                      r"data_offsets \[0, 8, 16\] do not fit F32"),
+    "wrong length": (blob({"a": entry((2, 3))}, bytes(16)), r"do not fit F32 of shape \[2, 3\]: 24 bytes"),
     "dtype": (blob({"a": entry(dtype="F31")}, bytes(16)), "unknown dtype 'F31'"),
     "dtype a list": (blob({"a": entry(dtype=["F32"])}, bytes(16)), "unknown dtype"),
     "no entry": (blob({"a": 3}, bytes(16)), "unknown dtype None"),
@@ -211,7 +214,8 @@ def refused(source, tmp_path, match):
     """The import must end in a UserError of one line, and leave nothing behind."""
     with pytest.raises(UserError, match=match) as caught:
         hf.main(["import", str(source), str(tmp_path / "out" / "x.pt"), "--tokenizer", "bytes"])
-    assert not (tmp_path / "out").exists() and len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert not (tmp_path / "out").exists() and len(said) < 700 and "\n" not in said
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -226,7 +230,7 @@ class Code:
 
 
 def zip_bomb(path):
-    """A file of torch.save whose pickle, with a name of 10 MB in it, is packed."""
+    """A file of torch.save whose pickle, with a name of 10 MB in it, is compressed."""
     torch.save({"a" * 10**7: torch.zeros(1)}, path)
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
@@ -237,7 +241,8 @@ def zip_bomb(path):
 
 def hollow(path, zipped):
     """A tensor of 4 EB on a storage of 4 bytes."""
-    torch.save({"wte.weight": torch.zeros(1).expand(2**30, 2**30)}, path, _use_new_zipfile_serialization=zipped)
+    huge = torch.zeros(1).expand(2**30, 2**30)
+    torch.save({"wte.weight": huge}, path, _use_new_zipfile_serialization=zipped)
 
 
 def huge_storage(path):
@@ -247,7 +252,7 @@ def huge_storage(path):
     path.write_bytes(path.read_bytes().replace(small, large)[:900])
 
 
-def cut(path):
+def truncated(path):
     torch.save({"a": torch.zeros(1000)}, path)
     path.write_bytes(path.read_bytes()[:2000])
 
@@ -259,10 +264,11 @@ BAD_PICKLES = {
     "no tensors": lambda path: torch.save({"a": 1}, path),
     "code": lambda path: path.write_bytes(pickle.dumps({"a": Code()})),
     "code in a zip": lambda path: torch.save({"a": Code()}, path),
-    "code in the old format": lambda path: torch.save({"a": Code()}, path, _use_new_zipfile_serialization=False),
+    "code in the old format": lambda path: torch.save({"a": Code()}, path,
+                                                      _use_new_zipfile_serialization=False),
     "sparse": lambda path: torch.save({"a": torch.eye(3).to_sparse()}, path),
     "meta": lambda path: torch.save({"a": torch.zeros(3, device="meta")}, path),
-    "zip bomb": zip_bomb, "huge storage": huge_storage, "cut off": cut,
+    "zip bomb": zip_bomb, "huge storage": huge_storage, "truncated": truncated,
     "hollow": lambda path: hollow(path, True), "hollow and old": lambda path: hollow(path, False),
 }
 
@@ -271,24 +277,24 @@ BAD_PICKLES = {
 def test_bad_pickles(tmp_path, case, monkeypatch):
     monkeypatch.chdir(tmp_path)
     BAD_PICKLES[case](tmp_path / "x.bin")
-    refused(tmp_path / "x.bin", tmp_path, "damaged, or holds more than tensors")
+    refused(tmp_path / "x.bin", tmp_path, "x.bin is corrupt, or holds more than tensors")
     assert not (tmp_path / "ran").exists()
 
 
 BAD_CONFIGS = {
-    "model_type": ("gpt_neo", "model_type is 'gpt_neo', and only 'gpt2' is built here"),
-    "activation_function": ("gelu", "activation_function is 'gelu', and only 'gelu_new'"),
+    "model_type": ("gpt_neo", "model_type is 'gpt_neo', but only 'gpt2' is supported"),
+    "activation_function": ("gelu", "activation_function is 'gelu', but only 'gelu_new'"),
     "layer_norm_epsilon": (1e-6, "layer_norm_epsilon is 1e-06"),
-    "n_inner": (31, "n_inner is 31, and only 32"),
+    "n_inner": (31, "n_inner is 31, but only 32"),
     "scale_attn_by_inverse_layer_idx": (True, "scale_attn_by_inverse"),
     "scale_attn_weights": (False, "scale_attn_weights is False"),
     "add_cross_attention": (True, "add_cross_attention is True"),
-    "n_layer": (2, "n_layer is 2, and the tensors say 1"),
-    "n_embd": (16, "n_embd is 16, and the tensors say 8"),
-    "vocab_size": (10**15, "vocab_size is 10{15}, and the tensors say 257"),
-    "n_positions": (True, "n_positions is True, and must be"),
-    "n_head": (3, "3 heads can't share a width of 8"),
-    "n_head ": (-2, "n_head is None"),  # the name is misspelt, so it is missing
+    "n_layer": (2, "n_layer is 2, but the tensors have 1"),
+    "n_embd": (16, "n_embd is 16, but the tensors have 8"),
+    "vocab_size": (10**15, "vocab_size is 10{15}, but the tensors have 257"),
+    "n_positions": (True, "n_positions is True; it must be a positive integer"),
+    "n_head": (3, "n_embd 8 must be divisible by n_head 3"),
+    "n_head ": (-2, "n_head is None"),  # misspelt, so it is missing
 }
 
 
@@ -307,39 +313,40 @@ def test_wrong_tensors_are_all_named(tiny, tmp_path):
     tensors["h.0.mlp.c_fc.weight"] = tensors["h.0.mlp.c_fc.weight"].T
     tensors["extra"], tensors["wpe.weight"] = torch.zeros(1), tensors["wpe.weight"].double()
     folder = folder_of(tensors, config, tmp_path, "pytorch_model.bin")
-    refused(folder, tmp_path, r"'extra' is unknown; h.0.mlp.c_fc.weight is \(32, 8\) instead of \(8, 32\); "
-                              r"ln_f.bias is missing; wpe.weight is torch.float64")
+    refused(folder, tmp_path, r"'extra' is unknown; h.0.mlp.c_fc.weight has shape \(32, 8\) instead of "
+                              r"\(8, 32\); ln_f.bias is missing; wpe.weight has dtype torch.float64")
 
 
 def test_a_long_list_is_whole(tiny, tmp_path):
     tensors, config, _ = raw(tiny, tmp_path)
-    refused(folder_of({name: tensors[name] for name in ("wte.weight", "wpe.weight", "h.0.ln_1.bias")}, config,
-                      tmp_path), tmp_path, "h.0.ln_2.weight is missing; .*; ln_f.weight is missing$")
+    few = {name: tensors[name] for name in ("wte.weight", "wpe.weight", "h.0.ln_1.bias")}
+    refused(folder_of(few, config, tmp_path), tmp_path,
+            "h.0.ln_2.weight is missing; .*; ln_f.weight is missing$")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_a_tensor_under_both_of_its_names(tiny, tmp_path, file):
     tensors, config, _ = raw(tiny, tmp_path)
     folder = folder_of(tensors | {"transformer.wte.weight": torch.zeros(257, 8)}, config, tmp_path, file)
-    refused(folder, tmp_path, "'(transformer.)?wte.weight' is there with and without the prefix")
+    refused(folder, tmp_path, "'(transformer.)?wte.weight' is present with and without the prefix")
 
 
-def test_numbers_that_are_not_finite(tiny, tmp_path):
+def test_non_finite_numbers(tiny, tmp_path):
     tensors, config, _ = raw(tiny, tmp_path)
     tensors["ln_f.bias"][3] = math.nan
-    refused(folder_of(tensors, config, tmp_path), tmp_path, "ln_f.bias holds numbers that are not finite")
+    refused(folder_of(tensors, config, tmp_path), tmp_path, "ln_f.bias holds non-finite numbers")
 
 
 @pytest.mark.parametrize("head", [torch.zeros(257, 8), torch.zeros(3, 3), torch.zeros(257, 8).half()])
-def test_a_head_of_its_own(tiny, tmp_path, head):
+def test_an_untied_head(tiny, tmp_path, head):
     tensors, config, _ = raw(tiny, tmp_path)
     folder = folder_of(tensors | {"lm_head.weight": head}, config, tmp_path, "pytorch_model.bin")
-    refused(folder, tmp_path, "lm_head.weight differs")
+    refused(folder, tmp_path, "lm_head.weight differs from wte.weight, but model.py ties")
 
 
 @pytest.mark.parametrize("name, match", [
-    ("gpt3", "gpt3 is no file or folder here, and no known name: gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
-    ("empty", "has neither model.safetensors nor pytorch_model.bin"),
+    ("gpt3", "gpt3 is neither a file nor a folder, nor one of gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+    ("empty", "empty contains neither model.safetensors nor pytorch_model.bin"),
     ("x.txt", "neither a .safetensors nor a .bin")])
 def test_bad_sources(tmp_path, monkeypatch, name, match):
     monkeypatch.chdir(tmp_path)
@@ -349,15 +356,195 @@ def test_bad_sources(tmp_path, monkeypatch, name, match):
 
 
 def test_the_tokenizer_must_fit(tiny, tmp_path):
-    refused(exported(tiny(**SMALL | {"vocab_size": 300}), tmp_path), tmp_path, "300 tokens and the tokenizer bytes 257")
+    tensors, config = padded(*raw(tiny, tmp_path)[:2], 300)
+    refused(folder_of(tensors, config, tmp_path), tmp_path,
+            "has 300 tokens, the tokenizer bytes has 257 .the other 43 can't be padding.; choose another")
+
+
+# ---- a padded vocabulary ----
+
+def padded(tensors, config, rows):
+    """As if the embedding had been padded to so many rows, with numbers that could be anything."""
+    extra = torch.full((rows - 257, 8), math.nan)
+    wte = torch.cat([tensors["wte.weight"], extra])
+    return tensors | {"wte.weight": wte}, config | {"vocab_size": rows}
+
+
+@pytest.mark.parametrize("rows, head, asked", [
+    (264, None, 264), (304, 304, 304), (304, 257, 257), (384, 384, 257)])
+def test_padding_of_the_vocabulary_is_dropped_and_printed(tiny, tmp_path, capsys, rows, head, asked):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    given, config = padded(tensors, config | {"pad_token_id": rows - 1}, rows)
+    if head:
+        given["lm_head.weight"] = given["wte.weight"][:head]
+    folder = folder_of(given, config | {"vocab_size": asked}, tmp_path, "pytorch_model.bin")
+    back, tokens = imported(folder, tmp_path), torch.randint(257, (2, 8))
+    assert torch.equal(back(tokens), gpt(tokens)) and back.lm_head.weight is back.trunk.wte.weight
+    assert (f"pytorch_model.bin has {rows} tokens, the tokenizer bytes has 257; the last {rows - 257} are "
+            "padding and are dropped\n") in capsys.readouterr().out
+
+
+def test_gpt2_padded_to_50304(tiny, tmp_path, gpt2):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    wte = torch.randn(50304, 8)
+    folder = folder_of(tensors | {"wte.weight": wte}, config | {"vocab_size": 50304, "bos_token_id": 50256,
+                                                                 "eos_token_id": 50256}, tmp_path)
+    back = imported(folder, tmp_path, "gpt2")
+    assert torch.equal(back.lm_head.weight, wte[:50257])
+
+
+@pytest.mark.parametrize("rows", [256, 258, 300, 400, 1024, 50304])
+def test_what_is_no_padding_is_another_tokenizers(tiny, tmp_path, rows):
+    """One token too few; one added token; no multiple of 8; much more than padding."""
+    tensors, config, _ = raw(tiny, tmp_path)
+    wte = torch.zeros(rows, 8)
+    folder = folder_of(tensors | {"wte.weight": wte}, config | {"vocab_size": rows}, tmp_path)
+    refused(folder, tmp_path, f"has {rows} tokens, the tokenizer bytes has 257.*; choose another with --tok")
+
+
+def test_a_special_token_among_the_padding_is_refused(tiny, tmp_path):
+    tensors, config = padded(*raw(tiny, tmp_path)[:2], 264)
+    refused(folder_of(tensors, config | {"eos_token_id": 260}, tmp_path), tmp_path,
+            "eos_token_id is 260, one of the tokens dropped as padding")
+
+
+def test_an_untied_head_under_padding(tiny, tmp_path):
+    tensors, config = padded(*raw(tiny, tmp_path)[:2], 264)
+    for head in (torch.zeros(264, 8), torch.zeros(250, 8)):
+        refused(folder_of(tensors | {"lm_head.weight": head}, config, tmp_path), tmp_path,
+                "lm_head.weight differs from wte.weight")
+        shutil.rmtree(tmp_path / "given")
+
+
+# ---- prefixes ----
+
+@pytest.mark.parametrize("prefix", [
+    "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.transformer.",
+    "_fsdp_wrapped_module.transformer."])
+def test_prefixes_of_wrapped_models(tiny, tmp_path, prefix):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "lm_head.weight": tensors["wte.weight"].clone()}
+    given = {prefix + name.replace("h.0.attn", "h.0._orig_mod.attn"): x for name, x in tensors.items()}
+    tokens = torch.randint(257, (2, 8))
+    assert torch.equal(imported(folder_of(given, config, tmp_path), tmp_path)(tokens), gpt(tokens))
+
+
+def test_a_tensor_with_and_without_a_wrapper(tiny, tmp_path):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder = folder_of(tensors | {"module.ln_f.bias": torch.zeros(8)}, config, tmp_path)
+    refused(folder, tmp_path, "'(module.)?ln_f.bias' is present with and without the prefix")
+
+
+# ---- shards ----
+
+def sharded(tensors, config, tmp_path, name="model.safetensors", n=3):
+    """(folder, index) as save_pretrained writes them with a small max_shard_size."""
+    folder, stem, end = tmp_path / "given", *os.path.splitext(name)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": {}}
+    for i in range(n):
+        file, some = f"{stem}-{i + 1:05}-of-{n:05}{end}", dict(list(tensors.items())[i::n])
+        torch.save(some, folder / file) if end == ".bin" else hf.write_safetensors(folder / file, some)
+        index["weight_map"] |= dict.fromkeys(some, file)
+    write_index(folder, index, name)
+    return folder, index
+
+
+def write_index(folder, index, name="model.safetensors"):
+    (folder / f"{name}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_are_one_model(tiny, tmp_path, name):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    folder, _ = sharded({"transformer." + name: x for name, x in tensors.items()}, config, tmp_path, name)
+    tokens = torch.randint(257, (2, 8))
+    for source in (folder, folder / f"{name}.index.json"):
+        assert torch.equal(imported(source, tmp_path)(tokens), gpt(tokens))
+
+
+def test_shards_of_transformers(tmp_path, transformers):
+    config = transformers.GPT2Config(vocab_size=257, n_positions=8, n_embd=8, n_layer=2, n_head=2,
+                                     bos_token_id=256, eos_token_id=256)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / "given", max_shard_size="5KB")
+    assert (tmp_path / "given/model.safetensors.index.json").exists()
+    tokens = torch.randint(257, (2, 8))
+    torch.testing.assert_close(imported(tmp_path / "given", tmp_path)(tokens), theirs(tokens).logits)
+
+
+def test_a_whole_file_comes_before_shards(tiny, tmp_path):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    folder, _ = sharded({name: torch.zeros_like(x) for name, x in tensors.items()}, config, tmp_path)
+    hf.write_safetensors(folder / "model.safetensors", tensors)
+    assert torch.equal(imported(folder, tmp_path).trunk.wte.weight, gpt.trunk.wte.weight)
+
+
+A, B = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"metadata": {"total_size": 12}}, "total_size is 12, but the shards hold [0-9]+ bytes of tensors"),
+    ({"weight_map": {}}, '"weight_map" must say which file each tensor is in'),
+    ({"weight_map": [A]}, '"weight_map" must say which file each tensor is in'),
+    ({"weight_map": None}, '"weight_map" must say which file each tensor is in'),
+    *(({"wte.weight": file}, "must be the name of a .safetensors file in the same folder") for file in (
+        f"../given/{A}", f"/etc/{A}", "..", "", f"x\\{A}", f"C:{A}", f"./{A}", "x\0.safetensors", "a.bin",
+        7, None, [A])),
+    ({"wte.weight": "gone.safetensors"}, "gone.safetensors is missing, 1 of 4 shards"),
+    ({"wte.weight": "x" * 5000 + ".safetensors"}, "is missing, 1 of 4 shards"),
+    ({"wte.weight": B}, f"{A}: 'wte.weight' is present, though model.safetensors.index.json lists"),
+    ({"wte.bias": A}, f"{A}: 'wte.bias' is missing, though model.safetensors.index.json lists it here")])
+def test_a_hostile_index_is_one_sentence(tiny, tmp_path, change, match):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder, index = sharded({"wte.weight": tensors.pop("wte.weight"), **tensors}, config, tmp_path)
+    assert index["weight_map"]["wte.weight"] == A
+    if not change.keys() <= index.keys():
+        change = {"weight_map": index["weight_map"] | change}
+    refused(write_index(folder, index | change), tmp_path, match)
+
+
+def test_a_tensor_in_two_shards_or_in_none_of_the_index(tiny, tmp_path):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder, index = sharded(tensors, config, tmp_path)
+    there = {name: tensors[name] for name, file in index["weight_map"].items() if file == B}
+    for name in ("added.weight", next(name for name, file in index["weight_map"].items() if file == A)):
+        hf.write_safetensors(folder / B, there | {name: torch.zeros(257, 8)})
+        refused(folder, tmp_path, f"{B}: '{name}' is present, though .* lists it elsewhere or not at all")
+
+
+def test_a_shard_that_is_damaged_gone_or_alone(tiny, tmp_path):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder, _ = sharded(tensors, config, tmp_path)
+    refused(folder / A, tmp_path, f"{A} is only a part of the weights; give the folder .*safetensors.index")
+    data = (folder / B).read_bytes()
+    (folder / B).write_bytes(data[:-4])
+    refused(folder, tmp_path, f"{B} is truncated or corrupt")
+    (folder / B).unlink()
+    refused(folder, tmp_path, f"{B} is missing, 1 of 3 shards in model.safetensors.index.json")
+    (folder / "model.safetensors.index.json").unlink()
+    refused(folder, tmp_path, f"neither model.safetensors nor pytorch_model.bin, and {A} without its .index")
+
+
+def test_an_index_that_is_no_json_or_huge(tiny, tmp_path, monkeypatch):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder, index = sharded(tensors, config, tmp_path)
+    monkeypatch.setattr(hf, "HEADER_MAX", 50)
+    refused(folder, tmp_path, "index.json is too large for an index")
+    monkeypatch.undo()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 100_000)
+    refused(folder, tmp_path, "index.json: not JSON")
 
 
 def test_the_command_line_says_one_sentence(tmp_path):
     (tmp_path / "x.bin").write_bytes(pickle.dumps(Code()))
-    done = subprocess.run([sys.executable, ROOT / "hf.py", "import", "x.bin", "x.pt", "--tokenizer", "bytes"],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("hf.py: x.bin is damaged") and done.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == ["x.bin"]
+    command = [sys.executable, "-m", "tools.hf", "import", "x.bin", "x.pt", "--tokenizer", "bytes"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("hf.py: x.bin is corrupt")
+    assert done.stderr.count("\n") == 1 and os.listdir(tmp_path) == ["x.bin"]
 
 
 # ---- export ----
@@ -365,7 +552,7 @@ def test_the_command_line_says_one_sentence(tmp_path):
 def test_nothing_is_overwritten(tiny, tmp_path):
     folder = tmp_path / "theirs"
     folder.mkdir()
-    exported(tiny(**BYTES), tmp_path)  # an empty folder may be there
+    exported(tiny(**BYTES), tmp_path)  # an empty folder may exist
     with pytest.raises(UserError, match="not empty; nothing is overwritten"):
         exported(tiny(**BYTES), tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -375,14 +562,14 @@ def test_a_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):
     def full(path, tensors):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(hf, "write_safetensors", full)
-    with pytest.raises(UserError, match="can't be written: No space"):
+    with pytest.raises(UserError, match="can't write .*theirs: No space"):
         exported(tiny(**BYTES), tmp_path)
     assert os.listdir(tmp_path) == ["theirs.pt"]
 
 
 @pytest.mark.parametrize("pool", ["mean", "max", "token"])
 def test_other_pools_have_no_place_there(tiny, tmp_path, pool):
-    with pytest.raises(UserError, match=f'pool "{pool}", and transformers has "last" only'):
+    with pytest.raises(UserError, match=f'pool "{pool}", but transformers supports only "last"'):
         exported(RewardModel.from_gpt(tiny(**BYTES), pool), tmp_path)
     assert os.listdir(tmp_path) == ["theirs.pt"]
 
@@ -390,7 +577,7 @@ def test_other_pools_have_no_place_there(tiny, tmp_path, pool):
 def test_another_architecture_is_told(tiny, tmp_path):
     gpt = tiny(**BYTES)
     gpt.trunk.blocks[0].extra = torch.nn.Linear(2, 2)
-    with pytest.raises(UserError, match="in model.py is no GPT-2: trunk.blocks.0.extra.bias"):
+    with pytest.raises(UserError, match="not a GPT-2: only one of the two has trunk.blocks.0.extra.bias"):
         hf.their_weights(gpt)
 
 
@@ -405,25 +592,29 @@ def normalised(gpt):
 def test_reward_head_is_folded(tiny, tmp_path, capsys):
     rm = normalised(tiny(**BYTES))
     folder = exported(rm, tmp_path)
-    config, weights = json.loads((folder / "config.json").read_text()), hf.read_safetensors(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    weights = hf.read_safetensors(folder / "model.safetensors")
     tokens = torch.randint(257, (2, 9))
     scores = rm.trunk(tokens)[:, -1] @ weights["score.weight"].T + config["score_constant"]
     torch.testing.assert_close(scores[:, 0], rm.score(tokens, torch.tensor([9, 9])))
     assert config["pad_token_id"] == 257 and config["vocab_size"] == 258
-    assert weights["transformer.wte.weight"].shape == (258, 32) and not weights["transformer.wte.weight"][257].any()
+    wte = weights["transformer.wte.weight"]
+    assert wte.shape == (258, 32) and not wte[257].any()
     assert f"transformers' score + {config['score_constant']:.6f}" in capsys.readouterr().out
 
 
 # ---- against the packages themselves ----
 
 def test_safetensors_package_agrees(tiny, tmp_path):
-    package = pytest.importorskip("safetensors.torch", reason="safetensors is not installed (requirements-dev.txt)")
+    package = pytest.importorskip("safetensors.torch",
+                                  reason="safetensors is not installed (requirements-dev.txt)")
     path = exported(tiny(**BYTES), tmp_path) / "model.safetensors"
     ours, theirs = hf.read_safetensors(path), package.load_file(path)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
     dtypes = {name: (torch.arange(6) % 2).to(dtype).view(2, 3) for name, dtype in hf.DTYPES.items()}
-    package.save_file(dtypes | {"none": torch.zeros(0, 3), "one": torch.tensor(3.0)}, tmp_path / "x.safetensors")
+    odd = {"none": torch.zeros(0, 3), "one": torch.tensor(3.0)}
+    package.save_file(dtypes | odd, tmp_path / "x.safetensors")
     back = hf.read_safetensors(tmp_path / "x.safetensors")
     assert all(torch.equal(back[name], tensor) for name, tensor in dtypes.items())
     assert back["none"].shape == (0, 3) and back["one"] == 3
@@ -432,19 +623,23 @@ def test_safetensors_package_agrees(tiny, tmp_path):
 @pytest.mark.parametrize("sizes", [{}, {"n_layer": 3, "n_head": 4, "d_model": 64, "block_size": 40}])
 def test_transformers_opens_what_we_export(transformers, tiny, tmp_path, sizes):
     gpt = tiny(**BYTES | sizes)
-    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(exported(gpt, tmp_path), output_loading_info=True)
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(exported(gpt, tmp_path),
+                                                                output_loading_info=True)
     assert not any(info.values()), info
     tokens = torch.randint(257, (2, 20))
     torch.testing.assert_close(theirs.eval()(tokens).logits, gpt(tokens), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [{"n_layer": 2, "n_head": 2, "n_embd": 32}, {"n_layer": 3, "n_head": 4, "n_embd": 48}])
+@pytest.mark.parametrize("sizes", [{"n_layer": 2, "n_head": 2, "n_embd": 32},
+                                   {"n_layer": 3, "n_head": 4, "n_embd": 48}])
 def test_we_open_what_transformers_saves(transformers, tmp_path, sizes):
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=257, n_positions=32, bos_token_id=256, eos_token_id=256, initializer_range=0.3, **sizes)).eval()
-    for name, p in theirs.named_parameters():  # its biases are 0 and its norms 1 otherwise
-        torch.nn.init.normal_(p, std=0.3) if p.dim() == 1 else None
+        vocab_size=257, n_positions=32, bos_token_id=256, eos_token_id=256, initializer_range=0.3,
+        **sizes)).eval()
+    for p in theirs.parameters():
+        if p.dim() == 1:  # biases are 0 and norms 1 otherwise
+            torch.nn.init.normal_(p, std=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     tokens = torch.randint(257, (2, 20))
     ours = imported(tmp_path / "theirs", tmp_path)
@@ -458,10 +653,11 @@ def test_transformers_scores_a_padded_batch_alike(transformers, tiny, tmp_path, 
         exported(rm, tmp_path), output_loading_info=True)
     assert not any(info.values()) and theirs.num_labels == 1
     rows = [torch.randint(256, (n,)).tolist() + [256] for n in (3, 19, 1, 8)] + [[5, 0, 7, 0]]  # 256: eos
-    tokens, lengths = common.pad(rows)
+    tokens, lengths = pad(rows)
     pads = torch.arange(tokens.shape[1]) >= lengths[:, None]
     scores = theirs.eval()(tokens.masked_fill(pads, theirs.config.pad_token_id)).logits[:, 0]
-    torch.testing.assert_close(scores + theirs.config.score_constant, rm.score(tokens, lengths), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores + theirs.config.score_constant, rm.score(tokens, lengths), atol=1e-4,
+                               rtol=1e-4)
 
 
 def test_merges_lead_to_every_token(gpt2):
@@ -480,8 +676,9 @@ def test_auto_tokenizer_encodes_alike(transformers, gpt2, tiny, tmp_path, pad):
     gpt = tiny(vocab_size=50257)
     folder = exported(RewardModel.from_gpt(gpt) if pad else gpt, tmp_path, "gpt2")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = ["", " ", "\n\n\n x  \t\r\n", "it's we'll  I'VE 123 4½", "漢字かな 한국어 👩‍👩‍👧‍👦", "\0a\x85\ufeff\u2028",
-             "".join(map(chr, range(500))), "a" * 3000, "  .  , !Hello world.\n\n\nA B"]
+    texts = ["", " ", "\n\n\n x  \t\r\n", "it's we'll  I'VE 123 4½", "漢字かな 한국어 👩‍👩‍👧‍👦",
+             "\0a\x85\ufeff\u2028", "".join(map(chr, range(500))), "a" * 3000,
+             "  .  , !Hello world.\n\n\nA B"]
     for text in texts:
         assert theirs(text)["input_ids"] == gpt2.encode(text)
         assert theirs.decode(gpt2.encode(text)) == text
@@ -489,7 +686,7 @@ def test_auto_tokenizer_encodes_alike(transformers, gpt2, tiny, tmp_path, pad):
     assert theirs.pad_token_id == (50257 if pad else None)
 
 
-def test_what_is_missing_is_said(tiny, tmp_path, capsys):
+def test_missing_tokenizer_files_are_told(tiny, tmp_path, capsys):
     exported(tiny(**BYTES), tmp_path)
     assert "config.json, model.safetensors written" in (said := capsys.readouterr().out)
-    assert "No tokenizer files: texts must be encoded with this project's data/tokenizer.py" in said
+    assert "no tokenizer files: encode texts with this project's data/tokenizer.py" in said

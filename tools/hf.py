@@ -1,36 +1,41 @@
-"""GPT-2's weights from Hugging Face in, checkpoints out; both without `transformers`.
+"""Import GPT-2's weights from Hugging Face and export checkpoints, both without `transformers`.
 
-    python hf.py import gpt2 out/gpt2.pt       # downloaded; or gpt2-medium, gpt2-large, gpt2-xl
-    python hf.py import FOLDER out/sft.pt      # config.json + model.safetensors or pytorch_model.bin
-    python hf.py export out/ppo.pt FOLDER      # for GPT2LMHeadModel.from_pretrained
-    python hf.py export out/rm.pt FOLDER       # for GPT2ForSequenceClassification.from_pretrained
+    python -m tools.hf import gpt2 out/gpt2.pt     # downloaded; or gpt2-medium, gpt2-large, gpt2-xl
+    python -m tools.hf import FOLDER out/sft.pt    # config.json + model.safetensors or pytorch_model.bin,
+                                                   # or either in shards with their .index.json
+    python -m tools.hf export out/ppo.pt FOLDER    # for GPT2LMHeadModel.from_pretrained
+    python -m tools.hf export out/rm.pt FOLDER     # for GPT2ForSequenceClassification.from_pretrained
 
-Their matrices are (in,out) and ours, as nn.Linear has them, (out,in); q, k and v lie side by side in both.
+Their matrices are (in,out), ours are (out,in) as in nn.Linear; both hold q, k and v side by side.
 """
 import argparse
 import json
 import math
 import os
 import re
-import shutil
-import sys
-import zipfile
+from collections import defaultdict
 from pathlib import Path
 
-import checkpoint
 import torch
 import torch.nn.functional as F
 
-from data.records import UserError
+from data.download import download
+from data.files import UserError, atomic_folder, check_archive, json_object
 from data.tokenizer import get_tokenizer
+from lib import checkpoint
+from lib.common import one_sentence
+from lib.memory import exhausted
+from lib.output import make_harmless
 from model import GPT, GPTConfig, RewardModel
 
 KNOWN = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 URL = "https://huggingface.co/openai-community/{}/resolve/main/{}"
 FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"  # of shards
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch's
 LAYER = {"ln_1": "ln_1", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj",
          "ln_2": "ln_2", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.proj"}
-# what our network is; of the two names of tanh-GELU the second is the newer
+# what our network computes; tanh-GELU has an old and a new name
 SETTINGS = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
             "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "add_cross_attention": [False],
             "scale_attn_by_inverse_layer_idx": [False], "tie_word_embeddings": [True]}
@@ -38,96 +43,139 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.uint8}
 HEADER_MAX = 100_000_000  # bytes; the limit of the safetensors package
-OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files began before 1.6
+OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before torch 1.6
 
 
 # ---- files ----
 
 def parse_json(data, what):
-    """The object in JSON bytes. UserError: `what` is no JSON, no object, or has a name twice."""
-    def once(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name stands twice")
-        return dict(pairs)
-
+    """JSON bytes -> dict. UserError, beginning with `what`: not JSON, not an object, a duplicate key."""
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not JSON: {error}"[:300]) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{what} is not a JSON object")
-    return value
+        return json_object(data)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file, not copied but mapped. UserError: damaged.
+    """{name: tensor} of a .safetensors file, memory-mapped. UserError: truncated or corrupt.
 
-    The format: a length n in 8 bytes, n bytes of JSON, and the numbers, tensor after tensor.
+    The format: a length n in 8 bytes, n bytes of JSON (the header), then the data of each tensor in turn.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         n = int.from_bytes(file.read(8), "little")
         if size < 8 or n > min(size - 8, HEADER_MAX):
-            raise UserError(f"{path} is no safetensors file, or is cut off")
-        header = parse_json(file.read(n), f"{path}: the header")
+            raise UserError(f"{path} is not a safetensors file, or is truncated")
+        header = parse_json(file.read(n), f"{path}: header")
     header.pop("__metadata__", None)
     entries = sorted((*_entry(entry, f"{path}: {name[:80]!r}"), name) for name, entry in header.items())
     end = 0
     for start, stop, *_, name in entries:
         if start != end:
-            raise UserError(f"{path}: the numbers of {name[:80]!r} begin at byte {start} instead of {end}: "
-                            "a gap or an overlap")
+            raise UserError(f"{path} is corrupt: the data of {name[:80]!r} starts at byte {start} instead of "
+                            f"{end}, so there is a gap or an overlap")
         end = stop
     if end != size - 8 - n:
-        raise UserError(f"{path} is cut off or damaged: its header tells of {end} bytes of numbers, and "
-                        f"there are {size - 8 - n}")
-    numbers = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + n :]
-    return {name: _view(numbers[start:stop], dtype, shape) for start, stop, dtype, shape, name in entries}
+        raise UserError(f"{path} is truncated or corrupt: its header announces {end} bytes of data, the file "
+                        f"has {size - 8 - n}")
+    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + n :]
+    return {name: _view(data[start:stop], dtype, shape) for start, stop, dtype, shape, name in entries}
 
 
 def _entry(entry, what):
-    """One tensor of the header -> (start, stop, dtype's name, shape), sizes that fit together."""
+    """A tensor's entry in the header -> (start, stop, name of the dtype, shape), checked for consistency."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"{what} has the unknown dtype {dtype!r:.40}")
+        raise UserError(f"{what}: unknown dtype {dtype!r:.40}")
     for key, value in (("shape", shape), ("data_offsets", offsets)):
-        # type, not isinstance: True is an int too; 8: a long list of large numbers takes hours to multiply
+        # type, not isinstance: True is an int; at most 8: long lists of large sizes take hours to multiply
         if not (isinstance(value, list) and len(value) <= 8
                 and all(type(x) is int and 0 <= x < 2**63 for x in value)):
-            raise UserError(f"{what}: {key} {value!r:.60} is no list of sizes")
+            raise UserError(f"{what}: {key} {value!r:.60} must be a list of sizes")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != needed:
-        raise UserError(f"{what} lies at bytes {offsets}, and {dtype} of shape {shape} takes {needed}")
+        raise UserError(f"{what}: data_offsets {offsets} do not fit {dtype} of shape {shape}: {needed} bytes")
     return *offsets, dtype, shape
 
 
 def _view(data, dtype, shape):
-    aligned = data.storage_offset() % DTYPES[dtype].itemsize == 0  # old files have headers of any length
+    aligned = data.storage_offset() % DTYPES[dtype].itemsize == 0  # in old files headers have any length
     return (data if aligned else data.clone()).view(DTYPES[dtype]).view(shape)
 
 
 def read_pickle(path):
-    """{name: tensor} of a pytorch_model.bin; code in it is never run. UserError: damaged, or has code."""
+    """{name: tensor} of a pytorch_model.bin; never executes code. UserError: corrupt, or contains code."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(len(OLD_PICKLE))
     zipped = start[:4] == b"PK\3\4"
     try:
-        # torch never packs; a packed file could unpack to any size
-        unpacked = sum(entry.file_size for entry in zipfile.ZipFile(path).infolist()) if zipped else 0
-        if unpacked > size or not zipped and start != OLD_PICKLE:
+        if zipped:
+            check_archive(path)
+        elif start != OLD_PICKLE:
             raise ValueError
         tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
         plain = all(type(name) is str and tensor.layout is torch.strided and tensor.device.type == "cpu"
                     for name, tensor in tensors.items())
-        # twice, for a head may share the embedding's numbers; strides of 0 could feign any size
+        # twice the size: a head may share the embedding's data; strides of 0 could claim any size
         if not plain or sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:
             raise ValueError
-    except Exception:  # a damaged pickle can raise anything
-        raise UserError(f"{path} is damaged, or holds more than tensors and their names (code in such "
-                        "a file is never run)") from None
+    except Exception as error:  # a corrupt pickle can raise anything
+        lack = ", or there is too little memory to read it" if exhausted(error) else ""
+        raise UserError(f"{path} is corrupt, or holds more than tensors and their names (code in such a "
+                        f"file is never executed){lack}") from None
     return tensors
+
+
+def read_weights(path):
+    """{name: tensor} of a file of weights, or of all the files that an index names. UserError: corrupt."""
+    if path.name.endswith(INDEX):
+        return read_shards(path)
+    if found := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name):
+        raise UserError(f"{path} is only a part of the weights; give the folder that holds all of them and "
+                        f"{found[1]}{found[2]}{INDEX}")
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def read_shards(path):
+    """{name: tensor} of the shards that the index `path` names, which must lie beside it. UserError: an index
+    that does not say of every tensor, and of nothing else, where it is."""
+    names_in, announced = shard_names(path)
+    missing = [file for file in names_in if not os.path.isfile(path.with_name(file))]
+    if missing:
+        raise UserError(f"{path.parent / missing[0][:80]} is missing, {len(missing)} of {len(names_in)} "
+                        f"shards in {path.name}")
+    tensors = {}
+    for file, there in names_in.items():
+        shard = (read_safetensors if file.endswith(".safetensors") else read_pickle)(path.with_name(file))
+        for name in sorted(shard.keys() ^ there):
+            what = ("missing, though {} lists it here" if name in there else
+                    "present, though {} lists it elsewhere or not at all").format(path.name)
+            raise UserError(f"{path.with_name(file)}: {name[:80]!r} is {what}")
+        tensors |= shard
+    shared = {(x.data_ptr(), x.nbytes) for x in tensors.values()}  # a tied head may count once
+    found = [sum(x.nbytes for x in tensors.values()), sum(size for _, size in shared)]
+    if type(announced) in (int, float) and announced not in found:
+        raise UserError(f"{path}: total_size is {announced}, but the shards hold {found[0]} bytes of tensors")
+    return tensors
+
+
+def shard_names(path):
+    """{file: names of its tensors} and the total size, as an index has them. UserError: files elsewhere, or
+    no such map."""
+    if path.stat().st_size > HEADER_MAX:
+        raise UserError(f"{path} is too large for an index")
+    index, names_in = parse_json(path.read_bytes(), path), defaultdict(set)
+    files, ending = index.get("weight_map"), Path(path.name.removesuffix(INDEX)).suffix
+    if not isinstance(files, dict) or not files:
+        raise UserError(f'{path}: "weight_map" must say which file each tensor is in')
+    for name, file in files.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]+", file) or not file.endswith(ending):
+            raise UserError(f"{path}: {file!r:.80} must be the name of a {ending} file in the same folder")
+        names_in[file].add(name)
+    metadata = index.get("metadata")
+    return dict(sorted(names_in.items())), metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def write_safetensors(path, tensors):
@@ -150,7 +198,7 @@ def write_safetensors(path, tensors):
 # ---- names and sizes ----
 
 def names(n_layer):
-    """{their name: ours} of every weight of a GPT-2 but the head, which is tied to wte."""
+    """{their name: ours} of all weights of a GPT-2 but the head, which is tied to wte."""
     pairs = {f"{name}.weight": f"trunk.{name}.weight" for name in ("wte", "wpe", "ln_f")}
     pairs["ln_f.bias"] = "trunk.ln_f.bias"
     for i in range(n_layer):
@@ -161,78 +209,108 @@ def names(n_layer):
 
 
 def check_ours(weights, pairs):
-    """UserError: someone has changed model.py, so that its trunk has weights which no GPT-2 has."""
+    """UserError: model.py was changed, and its trunk has other weights than a GPT-2."""
     odd = {name for name in weights if name.startswith("trunk.")} ^ set(pairs.values())
     odd = sorted(name for name in odd if name in weights or not name.endswith(".bias"))
     if odd:
-        raise UserError(f"the network in model.py is no GPT-2: {odd[0]} is in one of them only")
+        raise UserError(f"the network in model.py is not a GPT-2: only one of the two has {odd[0]}")
 
 
 def turned(name, tensor):
-    """A tensor under their name, from their layout to ours or back: (in,out) <-> (out,in)."""
+    """The tensor of this name (theirs), converted between their layout and ours: (in,out) <-> (out,in)."""
     return tensor.T if ".c_" in name and name.endswith(".weight") else tensor
 
 
 def plain_names(tensors, source):
-    """Their tensors without the prefix, the causal masks and the head. UserError: a head of its own."""
+    """Their tensors without causal masks, and without prefixes: transformer's and those of torch.compile, DDP
+    and FSDP. UserError: a name twice."""
     plain = {}
     for name, tensor in tensors.items():
-        if not re.fullmatch(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", name):
-            if name.removeprefix("transformer.") in plain:
-                raise UserError(f"{source}: {name[:80]!r} is there with and without the prefix")
-            plain[name.removeprefix("transformer.")] = tensor
-    head, wte = plain.pop("lm_head.weight", None), plain.get("wte.weight")
-    if head is not None and wte is not None and not (head.dtype == wte.dtype and torch.equal(head, wte)):
-        raise UserError(f"{source}: lm_head.weight differs from wte.weight; here the head is tied to the "
-                        "embedding, so this model doesn't fit")
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        short = short.removeprefix("transformer.")
+        if not re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", short):
+            if short in plain:
+                raise UserError(f"{source}: {name[:80]!r} is present with and without the prefix")
+            plain[short] = tensor
     return plain
 
 
+def fit_vocabulary(tensors, tokenizer, source):
+    """Their tensors with a row for each of the tokenizer's ids: rows that pad the vocabulary are dropped, and
+    printed. UserError: no embeddings, or another tokenizer's."""
+    rows, V = sizes(tensors, source)["vocab_size"], tokenizer.vocab_size
+    # GPT-2's 50257 become 50304, or up to 51200 in parts for several GPUs
+    padding = rows % 8 == 0 and 0 < rows - V < max(128, V // 32)
+    if rows != V and not padding:
+        raise UserError(f"{source} has {rows} tokens, the tokenizer {tokenizer.name} has {V}"
+                        + f" (the other {rows - V} can't be padding)" * (rows > V)
+                        + "; choose another with --tokenizer")
+    if padding:
+        print(f"{source} has {rows} tokens, the tokenizer {tokenizer.name} has {V}; the last {rows - V} are "
+              "padding and are dropped")
+    return {name: x[:V] if name in ("wte.weight", "lm_head.weight") and x.dim() == 2 else x
+            for name, x in tensors.items()}
+
+
+def without_head(tensors, source):
+    """Their tensors without the head. UserError: it is not tied."""
+    head, wte = tensors.get("lm_head.weight"), tensors["wte.weight"]
+    if head is not None and not (head.dtype == wte.dtype and torch.equal(head, wte)):
+        raise UserError(f"{source}: lm_head.weight differs from wte.weight, but model.py ties the head to "
+                        "the embedding; this model can't be imported")
+    return {name: x for name, x in tensors.items() if name != "lm_head.weight"}
+
+
 def sizes(tensors, source):
-    """What the tensors say of config.json's sizes. UserError: no embeddings, so no GPT-2."""
+    """The sizes of config.json, as the tensors have them. UserError: no embeddings, so not a GPT-2."""
     for name in ("wte.weight", "wpe.weight"):
         if name not in tensors or tensors[name].dim() != 2 or not tensors[name].numel():
-            raise UserError(f"{source}: {name} is missing or no matrix, so this is no GPT-2")
+            raise UserError(f"{source}: {name} is missing or not a matrix, so this is not a GPT-2")
     (V, C), (T, _) = tensors["wte.weight"].shape, tensors["wpe.weight"].shape
     layers = {name.split(".")[1] for name in tensors if name.startswith("h.")}
     return {"vocab_size": V, "n_positions": T, "n_embd": C, "n_layer": max(1, len(layers))}
 
 
-def configure(tensors, source):
-    """The GPTConfig, from the config.json beside the file `source` or, without one, from the shapes.
+def configure(tensors, rows, source):
+    """The GPTConfig, from config.json beside the file `source` or, without it, from the shapes; `rows` tokens
+    were there before padding was dropped.
 
-    UserError: what the config asks for is not GPT-2's, or its sizes are not the tensors'.
+    UserError: the config is not that of a GPT-2, or its sizes differ from those of the tensors.
     """
     found = sizes(tensors, source)
     C, path = found["n_embd"], source.with_name("config.json")
     if path.exists():
         asked = parse_json(path.read_bytes(), path)
-        check_config(asked, found, path)
+        check_config(asked, found, rows, path)
         n_head = asked["n_head"]
     else:
         n_head = C // 64
-        print(f"no {path}: n_head is taken as {C}/64, as in every GPT-2, the other sizes from the shapes")
+        print(f"no {path}: n_head is set to {C}/64, as in every GPT-2; other sizes are read from the shapes")
     if not n_head or C % n_head:
-        raise UserError(f"{source}: {n_head} heads can't share a width of {C}")
+        raise UserError(f"{source}: n_embd {C} must be divisible by n_head {n_head}")
     return GPTConfig(found["vocab_size"], found["n_positions"], found["n_layer"], n_head, C)
 
 
-def check_config(asked, found, path):
-    """UserError: names every entry of a config.json that our network, of sizes `found`, can't honour."""
+def check_config(asked, found, rows, path):
+    """UserError, naming every entry of config.json that does not fit model.py or the sizes `found`."""
+    V = found["vocab_size"]
     for key in (*found, "n_head"):
         if type(asked.get(key)) is not int or asked[key] < 1:
-            raise UserError(f"{path}: {key} is {asked.get(key)!r:.40}, and must be a whole number above 0")
-    wrong = [f"{key} is {asked[key]}, and the tensors say {n}" for key, n in found.items() if asked[key] != n]
+            raise UserError(f"{path}: {key} is {asked.get(key)!r:.40}; it must be a positive integer")
+    wrong = [f"{key} is {asked[key]}, but the tensors have {n}"
+             for key, n in found.items() if asked[key] != n and (key, asked[key]) != ("vocab_size", rows)]
+    wrong += [f"{key} is {asked[key]}, one of the tokens dropped as padding"
+              for key in ("bos_token_id", "eos_token_id") if asked.get(key) in range(V, rows)]
     allowed = SETTINGS | {"n_inner": [4 * found["n_embd"], None]}
-    wrong += [f"{key} is {asked[key]!r:.40}, and only {fine[0]!r} is built here"
+    wrong += [f"{key} is {asked[key]!r:.40}, but only {fine[0]!r} is supported"
               for key, fine in allowed.items() if asked.get(key, fine[0]) not in fine]
     if wrong:
         raise UserError(f"{path}: {'; '.join(wrong)}")
 
 
 def build(tensors, config, source):
-    """Their tensors -> a GPT. UserError: names the tensors that are missing, unknown or misshapen."""
-    with torch.device("meta"):  # no memory before every shape is known to be right
+    """Their tensors -> a GPT. UserError, naming all that are missing, unknown or of a wrong shape."""
+    with torch.device("meta"):  # allocates nothing before all shapes are checked
         gpt = GPT(config)
     pairs, meta = names(config.n_layer), gpt.state_dict()
     check_ours(meta, pairs)
@@ -241,48 +319,49 @@ def build(tensors, config, source):
     for name in pairs.keys() & tensors.keys():
         tensor, shape = tensors[name], tuple(turned(name, meta[pairs[name]]).shape)
         if tuple(tensor.shape) != shape:
-            wrong.append(f"{name} is {tuple(tensor.shape)} instead of {shape}")
+            wrong.append(f"{name} has shape {tuple(tensor.shape)} instead of {shape}")
         elif tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            wrong.append(f"{name} is {tensor.dtype}")
+            wrong.append(f"{name} has dtype {tensor.dtype}")
         elif not torch.isfinite(tensor).all():
-            wrong.append(f"{name} holds numbers that are not finite")
+            wrong.append(f"{name} holds non-finite numbers")
     if wrong:
-        raise UserError(f"{source} doesn't fit a GPT-2: {'; '.join(sorted(wrong))}")
-    # copied: a view of the mapped file would be saved with the whole file
-    state = {ours: turned(name, tensors[name]).to(torch.float32, copy=True)
-             for name, ours in pairs.items()}
+        raise UserError(f"{source} does not fit a GPT-2: {'; '.join(sorted(wrong))}")
+    # copy: a view of the mapped file would be saved with the whole file
+    state = {ours: turned(name, tensors[name]).to(torch.float32, copy=True) for name, ours in pairs.items()}
     gpt.load_state_dict(state | {"lm_head.weight": state["trunk.wte.weight"]}, assign=True)
-    gpt.lm_head.weight = gpt.trunk.wte.weight  # assign has made two parameters of them
+    gpt.lm_head.weight = gpt.trunk.wte.weight  # assign made two parameters of it
     return gpt.eval()
 
 
 # ---- import ----
 
 def locate(source):
-    """A known name, a folder or a file -> the Path of the weights. UserError: none of these."""
+    """A known name, a folder or a file -> Path of the weights. UserError: none of these."""
     if source in KNOWN:
         return fetch(source)
     path = Path(source)
     if path.is_dir():
-        there = [path / name for name in FILES if (path / name).is_file()]
+        files = [path / (name + end) for name in FILES for end in ("", INDEX)]
+        there = [file for file in files if file.is_file()]
         if not there:
-            raise UserError(f"{source} has neither {' nor '.join(FILES)} in it")
+            shards = sorted(x.name for x in path.glob("*-of-*") if x.suffix in (".safetensors", ".bin"))
+            lost = f", and {shards[0]} without its {INDEX}" if shards else ""
+            raise UserError(f"{source} contains neither {' nor '.join(FILES)}{lost}")
         return there[0]
     if not path.is_file():
-        raise UserError(f"{source} is no file or folder here, and no known name: {', '.join(KNOWN)}")
-    if path.suffix not in (".safetensors", ".bin"):
+        raise UserError(f"{source} is neither a file nor a folder, nor one of {', '.join(KNOWN)}")
+    if not path.name.endswith((".safetensors", ".bin", *(name + INDEX for name in FILES))):
         raise UserError(f"{source} is neither a .safetensors nor a .bin file")
     return path
 
 
 def fetch(name):
-    """Download what is not there yet; returns the Path of the weights. UserError: no network."""
-    from data.download import download
-
+    """Download a known name's files unless they are cached; returns the Path of the weights. UserError: no
+    network."""
     folder = Path(torch.hub.get_dir()) / "onetrunk" / name
     folder.mkdir(parents=True, exist_ok=True)
-    otherwise = (f"give a folder that holds config.json and {FILES[0]} instead of the name: "
-                 f"python hf.py import FOLDER out/{name}.pt")
+    otherwise = (f"give a folder with config.json and {FILES[0]} instead of the name: "
+                 f"python -m tools.hf import FOLDER out/{name}.pt")
     for file, check in (("config.json", lambda path: parse_json(path.read_bytes(), path)),
                         (FILES[0], read_safetensors)):
         download(URL.format(name, file), folder / file, check, otherwise)
@@ -290,21 +369,18 @@ def fetch(name):
 
 
 def import_gpt2(source, out, spec="gpt2"):
-    """Write the checkpoint `out` from a known name, folder or file. UserError: anything wrong with it."""
+    """Write the checkpoint `out` from a known name, a folder or a file. UserError: it does not fit."""
     tokenizer, out = get_tokenizer(spec), Path(out)
     if out.is_dir():
-        raise UserError(f"{out} is a folder; give the checkpoint's name, as out/gpt2.pt")
+        raise UserError(f"{out} is a folder; give the name of the new checkpoint, such as out/gpt2.pt")
     path = locate(source)
-    tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    tensors = plain_names(tensors, path)
-    config = configure(tensors, path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"{path} has {config.vocab_size} tokens and the tokenizer {spec} "
-                        f"{tokenizer.vocab_size}; choose another with --tokenizer")
+    theirs = plain_names(read_weights(path), path)
+    tensors = without_head(fit_vocabulary(theirs, tokenizer, path), path)
+    config = configure(tensors, len(theirs["wte.weight"]), path)
     gpt = build(tensors, config, path)
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out, gpt, tokenizer)
-    print(f"{sum(p.numel() for p in gpt.parameters()) / 1e6:.1f} million weights saved in {out}")
+    print(f"{sum(p.numel() for p in gpt.parameters()) / 1e6:.1f} million weights saved to {out}")
 
 
 # ---- export ----
@@ -319,7 +395,7 @@ def their_config(config, tokenizer, **more):
 
 
 def their_weights(model):
-    """{their name: tensor} of the trunk; a bias that we have not is there, and 0."""
+    """{their name: tensor} of the trunk; a bias that our network lacks is 0."""
     weights, pairs = model.state_dict(), names(model.config.n_layer)
     check_ours(weights, pairs)
     for ours in set(pairs.values()) - set(weights):
@@ -328,29 +404,29 @@ def their_weights(model):
 
 
 def their_reward_model(rm, tokenizer, path):
-    """(config, weights) for GPT2ForSequenceClassification; says what has no place there.
+    """(config, weights) for GPT2ForSequenceClassification; prints what has no place in them.
 
-    The score is read at the rightmost token that is not the pad id. Our texts end in eos, which must
-    be read, and every other id may stand in a text. So the pad is a new id, V, with an embedding of
-    zeros: it is never looked at, for it only ever stands on the right of the text.
+    It reads the score at the rightmost token that is not the pad id. Our texts end in eos, which must be
+    read, and every other id may occur in a text. So the pad is a new id, V, whose embedding of zeros is
+    never looked at: it only ever stands to the right of the text.
     """
     if rm.pool != "last":
-        raise UserError(f'{path} reads a text by pool "{rm.pool}", and transformers has "last" only')
+        raise UserError(f'{path} has pool "{rm.pool}", but transformers supports only "last"')
     V, weights = rm.config.vocab_size, their_weights(rm)
     weights["transformer.wte.weight"] = F.pad(weights["transformer.wte.weight"], (0, 0, 0, 1))
     weights["score.weight"] = rm.reward_head.weight.detach() / rm.scale
     constant = ((rm.reward_head.bias - rm.shift) / rm.scale).item()
-    print(f"our score = transformers' score + {constant:.6f} (score_constant in config.json): its head has "
-          f"no bias.\nPad on the right, with id {V}, which was added.")
+    print(f"our score = transformers' score + {constant:.6f} (score_constant in config.json), since its head "
+          f"has no bias.\nPad on the right with the new id {V}.")
     return their_config(rm.config, tokenizer, architectures=["GPT2ForSequenceClassification"],
                         id2label={"0": "score"}, label2id={"score": 0}, pad_token_id=V,
                         score_constant=constant) | {"vocab_size": V + 1}, weights
 
 
 def their_tokenizer(tokenizer, pad_id):
-    """{file name: text} for AutoTokenizer, of the gpt2 tokenizer; pad_id None: without a pad."""
+    """{file name: text} of the gpt2 tokenizer for AutoTokenizer; pad_id None: no pad token."""
     ranks = tokenizer.encoding._mergeable_ranks
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]  # in GPT-2 these spell themselves
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 spells these as themselves
     others = [byte for byte in range(256) if byte not in printed]
     letter = {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
@@ -370,20 +446,20 @@ def their_tokenizer(tokenizer, pad_id):
 
 
 def halves(token, ranks):
-    """The two tokens that BPE joins last on its way to `token`."""
+    """The two tokens that BPE merges last to make `token`."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+        joined = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:], strict=False)]
         i = joined.index(min(joined))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
 def export(path, folder):
-    """Write a checkpoint as a folder for transformers, whole or not at all. UserError: there already."""
+    """Write a checkpoint as a folder for transformers, atomically. UserError: the folder is not empty."""
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and not empty; nothing is overwritten")
+        raise UserError(f"{folder} already exists and is not empty; nothing is overwritten")
     kind, tokenizer = checkpoint.kind(path), checkpoint.load_tokenizer(path)
     if kind == "GPT":
         gpt = checkpoint.load(GPT, path)
@@ -397,41 +473,35 @@ def export(path, folder):
     write_folder(folder, texts, weights)
     print(f"{', '.join(sorted([*texts, FILES[0]]))} written to {folder}")
     if tokenizer.name != "gpt2":
-        print(f"No tokenizer files: texts must be encoded with this project's data/tokenizer.py, by the "
-              f"tokenizer {tokenizer.name} of {path}.")
+        print(f"no tokenizer files: encode texts with this project's data/tokenizer.py and the tokenizer "
+              f"{tokenizer.name} of {path}")
 
 
 def write_folder(folder, texts, weights):
-    """{file name: text} and {name: tensor} into a folder that is there whole or not at all."""
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    """Write {file name: text} and {name: tensor} as a new folder, atomically. UserError: can't write."""
     try:
-        beside.mkdir(parents=True)
-        for name, text in texts.items():
-            (beside / name).write_text(text, encoding="utf-8")
-        write_safetensors(beside / FILES[0], weights)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(beside, folder)
+        with atomic_folder(folder) as part:
+            for name, text in texts.items():
+                (part / name).write_text(text, encoding="utf-8")
+            write_safetensors(part / FILES[0], weights)
     except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f"can't write {folder}: {error.strerror}") from None
 
 
 # ---- command line ----
 
 def main(argv=None):
-    """Read the command line and do it. UserError, OSError: the user's mistake."""
+    """Parse the command line and run the command. UserError, OSError: the user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("import", help="their weights -> a checkpoint", allow_abbrev=False)
+    sub = commands.add_parser("import", help="GPT-2 weights -> a checkpoint", allow_abbrev=False)
     sub.add_argument("source", help=f"{', '.join(KNOWN)}, or a folder, a .safetensors or a .bin file")
-    sub.add_argument("out", help="the checkpoint, e.g. out/gpt2.pt")
-    sub.add_argument("--tokenizer", default="gpt2", help='"gpt2", "bytes" or a BPE file (default gpt2)')
-    sub = commands.add_parser("export", help="a checkpoint -> their folder", allow_abbrev=False)
+    sub.add_argument("out", help="new checkpoint, e.g. out/gpt2.pt")
+    sub.add_argument("--tokenizer", default="gpt2", help='"gpt2", "bytes" or a BPE file (default: gpt2)')
+    sub = commands.add_parser("export", help="a checkpoint -> a folder for transformers", allow_abbrev=False)
     sub.add_argument("checkpoint", help="e.g. out/ppo.pt or out/rm.pt")
-    sub.add_argument("folder", help="a new folder")
+    sub.add_argument("folder", help="new folder")
     args = parser.parse_args(argv)
     if args.command == "import":
         import_gpt2(args.source, args.out, args.tokenizer)
@@ -440,9 +510,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    make_harmless()
+    with one_sentence("hf.py", "A model needs twice the size of its files."):
         main()
-    except (UserError, OSError) as error:
-        sys.exit(f"hf.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
