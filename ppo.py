@@ -22,24 +22,25 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
 
-from data.examples import encode_demonstrations, encode_prompts, open_data, pad, response_mask
-from data.files import UserError
+from data.examples import encode_demonstrations, encode_prompts, open_data, pad, prompt_room, response_mask
 from data.records import read_prompts, read_sft
 from data.tokenizer import Tokenizer
 from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_first_update
-from lib.common import Shared, cli, clip_and_step, cycle, finite, micro_batches, pick_device
+from lib.common import Cycle, Shared, cli, clip_and_step, finite, micro_batches, pick_device
 from lib.fast import prepare
 from lib.generate import generate
-from lib.report import describe, means, measure, print_table, warnings, win_rates
+from lib.report import describe, gain_from_ends, means, measure, print_table, warnings, win_rates
 from lib.resume import Run
-from lib.rewards import import_function, load_reward_model, model_score, text_score
+from lib.rewards import Scale, TextScore, in_units, load_reward_model, model_score, scale_of, units
+from lib.user_code import import_function
 from model import GPT, RewardModel
 from train_sft import sft_backward
 
@@ -50,10 +51,11 @@ class Config(Shared):
     data: str = "stories"  # folder with prompts.jsonl, or "stories"
     out: str = "out"  # folder with sft.pt and rm.pt, and for the results
     reward: str = ""  # FILE.py:FUNCTION instead of out/rm.pt; this runs the code in that file
+    reward_scale: str = "first"  # scores of --reward: in sd of the "first" ones, or "none": as they are
     judge: str = ""  # checkpoint of a second reward model: reported, never optimised
     updates: int = 60  # rollouts with an update each
     show: int = 4  # held-out texts printed at the end, before and after
-    save_every: int = 10  # updates between saved states, to resume from; 0: never
+    save_every: int = 10  # updates between saved states, to resume from; 0: at the end only
     # rollout
     batch: int = 64  # prompts in a rollout
     max_new_tokens: int = 100  # longest response
@@ -63,7 +65,7 @@ class Config(Shared):
     epochs: int = 4  # passes over each rollout
     minibatches: int = 1  # optimizer steps in a pass
     micro_batch: int = 4096  # tokens in a forward pass, padding included; changes no result
-    lr: float = 3e-4  # peak for the policy; warm-up over 5 updates, then linear to 0
+    lr: float = 3e-4  # peak for the policy; warm-up over 5 updates (at most a tenth), then linear to 0
     critic_lr: float = 3e-4  # the same for the critic
     clip: float = 0.2  # of the ratio, and of the step of a value
     lam: float = 0.95  # lambda of GAE; gamma is 1: a response is one episode
@@ -151,8 +153,10 @@ def explained_variance(value, ret, mask):
 
 
 def adapt_kl_coef(kl_coef, kl, target, n, horizon):
-    """The coefficient follows the KL, by at most 20% of n/horizon a time (Ziegler et al. 2019, 2.2)."""
-    return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
+    """The coefficient follows the KL, by at most 20% of n/horizon and never more than 20% a time (Ziegler
+    et al. 2019, 2.2)."""
+    factor = 1 + max(-0.2, min(0.2, kl / target - 1)) * min(1, n / horizon)
+    return min(max(kl_coef * factor, 1e-9), 1e9)
 
 
 def token_logps(gpt, tokens, temperature, mask=None):
@@ -191,16 +195,16 @@ def assess(batch, models, cfg, where="held out"):
     B, T = batch["mask"].shape[0], batch["tokens"].shape[1]
     device = batch["tokens"].device
     new = {name: torch.zeros(B, T - 1, device=device) for name in ("logp", "ref_logp", "value")}
-    new["score"] = torch.zeros(B, device=device)
     for index, b in micro_batches(batch, range(B), cfg.micro_batch):
         t = b["mask"].shape[1]
         new["logp"][index, :t] = token_logps(models.policy, b["tokens"], cfg.temperature, b["mask"])
         new["ref_logp"][index, :t] = token_logps(models.ref, b["tokens"], cfg.temperature, b["mask"])
         new["value"][index, :t] = models.critic(b["tokens"][:, :-1])
-        new["score"][index] = models.score(b["tokens"], b["lengths"], b["P"])
-    finite(where, **new)
-    new["score"] = torch.where(batch["ended"], new["score"], cfg.no_eos_score)
-    return {**batch, **new}
+    score = models.score(batch["tokens"], batch["lengths"], batch["P"])  # once, in the order of the prompts
+    finite(where, score=score, **new)
+    new["score"] = torch.where(batch["ended"], score, cfg.no_eos_score)
+    raw = getattr(models.score, "raw", None)  # what a function returned, before it was scaled
+    return {**batch, **new} if raw is None else {**batch, **new, "raw": raw}
 
 
 @torch.inference_mode()
@@ -260,7 +264,7 @@ def minibatch_backward(models, batch, part, cfg):
 
 # ---- the run ----
 
-def load_models(cfg, device):
+def load_models(cfg, device, run=None):
     """The Models of out/sft.pt and out/rm.pt, or of --reward, and --judge."""
     out = Path(cfg.out)
 
@@ -270,13 +274,14 @@ def load_models(cfg, device):
     policy, tokenizer = ready(load(GPT, out / "sft.pt")), load_tokenizer(out / "sft.pt")
     ref = ready(copy.deepcopy(policy)).requires_grad_(False)
     if cfg.reward:
-        score = text_score(import_function(cfg.reward), cfg.reward, tokenizer)
+        scale = Scale() if cfg.reward_scale == "first" else None
+        score = TextScore(import_function(cfg.reward, run), cfg.reward, tokenizer, scale, run)
         critic = ready(RewardModel.from_gpt(policy))
         torch.nn.init.zeros_(critic.reward_head.weight)  # nothing is known of these scores: start at 0
     else:
         rm = ready(load_reward_model(out / "rm.pt", policy, tokenizer))
         critic = ready(copy.deepcopy(rm))  # (6)
-        score = model_score(rm.requires_grad_(False))
+        score = model_score(rm.requires_grad_(False), cfg.micro_batch)
     judge = ready(load_reward_model(Path(cfg.judge), policy, tokenizer)) if cfg.judge else None
     return Models(policy, ref, critic, score, judge, tokenizer)
 
@@ -285,7 +290,7 @@ def evaluate(models, prompts, world, cfg, device):
     """One response to each held-out prompt, always with the same random numbers: lists with an entry a
     prompt; gold and judge are empty where there is no such thing."""
     generator = torch.Generator(device).manual_seed(0)
-    result = {name: [] for name in ("score", "judge", "kl", "gold", "eos", "length", "texts")}
+    result = {name: [] for name in ("score", "raw", "judge", "kl", "gold", "eos", "length", "texts")}
     for start in range(0, len(prompts), cfg.batch):
         some = prompts[start : start + cfg.batch]
         batch = rollout(models.policy, some, models.tokenizer.eos, cfg, generator)
@@ -294,13 +299,14 @@ def evaluate(models, prompts, world, cfg, device):
             judged = models.judge.score(batch["tokens"], batch["lengths"]) if models.judge else []
         for name, x in {**measure(batch, models.tokenizer, world), "judge": judged}.items():
             result[name] += x.tolist() if torch.is_tensor(x) else x
-    return result
+    return in_units(result, models.score, cfg.no_eos_score)
 
 
 def rollout_stats(batch, tokenizer, world):
     """Means over a rollout: of responses, or of response tokens under the mask."""
     seen, mask = measure(batch, tokenizer, world), batch["mask"]
-    return {"score": seen["score"].mean().item(), **({"gold": fmean(seen["gold"])} if world else {}),
+    raw = {"raw": seen["raw"].mean().item()} if len(seen["raw"]) else {}
+    return {"score": seen["score"].mean().item(), **raw, **({"gold": fmean(seen["gold"])} if world else {}),
             "kl": seen["kl"].mean().item(),
             "entropy": -masked_mean(batch["logp"], mask).item(),  # an unbiased estimate, in nats per token
             "eos": seen["eos"].mean().item(), "length": seen["length"].mean().item(),
@@ -323,10 +329,8 @@ def check_start(models, prompts, cfg, device):
 def read_data(folder, models, cfg):
     """Token lists of the prompts to train on and of those held out, and the demonstrations for PPO-ptx."""
     tokenizer, block_size = models.tokenizer, models.policy.config.block_size
-    room = min(rm.room for rm in (models.critic, models.judge) if rm) - cfg.max_new_tokens
-    room = min(room, block_size - cfg.max_new_tokens)
-    if room < 1:
-        raise UserError("--max-new-tokens leaves no room for a prompt in the model's block_size")
+    room = min([block_size, *(rm.room for rm in (models.critic, models.judge) if rm)])
+    room = prompt_room(room, cfg.max_new_tokens)
     prompts, val = (encode_prompts(read_prompts(folder / name, cfg.skip_bad), tokenizer, room, name)
                     for name in ("prompts.jsonl", "prompts_val.jsonl"))
     demonstrations = encode_demonstrations(read_sft(folder / "sft.jsonl", cfg.skip_bad), tokenizer,
@@ -342,58 +346,60 @@ def main(cfg):
     out = Path(cfg.out)
     folder, world = open_data(cfg.data)
     files = [folder / name for name in ("prompts.jsonl", "prompts_val.jsonl", "sft.jsonl")]
-    files += [out / "sft.pt", out / "rm.pt", cfg.judge, cfg.reward.rpartition(":")[0]]
+    files += [out / "sft.pt", "" if cfg.reward else out / "rm.pt", cfg.judge]
     run = Run("ppo", cfg, files, device)
 
-    models = load_models(cfg, device)
+    models = load_models(cfg, device, run)
     policy, critic, tokenizer = models.policy, models.critic, models.tokenizer
     prompts, val, demonstrations = read_data(folder, models, cfg)
-    left, ptx_left = [], []
-    index = cycle(len(prompts), cfg.batch, order, left)
-    ptx_index = cycle(len(demonstrations), cfg.batch, order, ptx_left)
-
-    def ptx():
-        return [demonstrations[i] for i in next(ptx_index)]
-
+    some, some_ptx = Cycle(prompts, cfg.batch, order), Cycle(demonstrations, cfg.batch, order)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
                   for model, lr in ((policy, cfg.lr), (critic, cfg.critic_lr))]
     check_start(models, prompts, cfg, device)
     before = evaluate(models, val, world, cfg, device)
     print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out: {describe(means(before))}")
+    print(units(models.score), end="")
 
-    now, warned = {"kl_coef": cfg.kl_coef, "first": None}, set()  # first: the numbers of the first update
+    # first: the numbers of the first update; useless: updates in a row with explained variance below 0
+    now, warned, doubts = {"kl_coef": cfg.kl_coef, "first": None, "useless": 0}, set(), []
     done = run.begin(cfg.updates, policy=policy, critic=critic, policy_optimizer=optimizers[0],
-                     critic_optimizer=optimizers[1], order=order, generator=generator, left=left,
-                     ptx_left=ptx_left, now=now)
+                     critic_optimizer=optimizers[1], order=order, generator=generator,
+                     prompts=some, demonstrations=some_ptx, now=now,
+                     **({"reward": models.score} if cfg.reward else {}))
+    warmup = max(1, min(5, cfg.updates // 10))
     for update in range(done + 1, cfg.updates + 1):
-        start = time.time()
-        factor = min(1, update / 5) * (1 - (update - 1) / cfg.updates)
+        if update % 10 == 1 and update > 1:  # here, where a reward function that fails loses nothing
+            seen = evaluate(models, val, world, cfg, device)
+            run.log.report(update=update - 1, **means(seen))
+            print(f"      held out: {describe(means(seen))}")
+            doubts = gain_from_ends(before, seen)
+        start = time.monotonic()
+        factor = min(1, update / warmup) * (1 - (update - 1) / cfg.updates)
         for optimizer, lr in zip(optimizers, (cfg.lr, cfg.critic_lr), strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
-        batch = rollout(policy, [prompts[i] for i in next(index)], tokenizer.eos, cfg, generator)
+        batch = rollout(policy, next(some), tokenizer.eos, cfg, generator)
         batch = advantages(assess(batch, models, cfg, f"update {update}"), now["kl_coef"], cfg.lam)
         stats = rollout_stats(batch, tokenizer, world)
-        stats |= improve(models, optimizers, batch, cfg, update, order, ptx if cfg.ptx_coef else None)
+        stats |= improve(models, optimizers, batch, cfg, update, order,
+                         partial(next, some_ptx) if cfg.ptx_coef else None)
         if cfg.kl_target:
             now["kl_coef"] = adapt_kl_coef(now["kl_coef"], stats["kl"], cfg.kl_target, cfg.batch,
                                            cfg.kl_horizon)
             stats["kl_coef"] = now["kl_coef"]
         now["first"] = now["first"] or stats
-        run.log(update, **stats, tok_s=round(batch["mask"].sum().item() / (time.time() - start)))
-        if update % 10 == 0 and update < cfg.updates:
-            seen = means(evaluate(models, val, world, cfg, device))
-            run.log.report(update=update, **seen)
-            print(f"      held out: {describe(seen)}")
-        for sentence in set(warnings(stats, now["first"])) - warned:  # each of them once
+        run.log(update, **stats, tok_s=round(int(batch["mask"].sum()) / max(1e-3, time.monotonic() - start)))
+        now["useless"] = now["useless"] + 1 if stats["explained"] < 0 else 0
+        for sentence in {*warnings(stats, now["first"], now["useless"]), *doubts} - warned:  # each once
             print(f"warning: {sentence}")
             warned.add(sentence)
         run.after(update)
 
     after = evaluate(models, val, world, cfg, device)
-    print_table(before, after, world, cfg.show)
-    run.finish(policy, tokenizer, {"update": 0, **means(before)},
+    before = in_units(before, models.score, cfg.no_eos_score)
+    run.finish(policy, tokenizer, {"update": 0, **means(before), **scale_of(models.score)},
                {"update": cfg.updates, **means(after), **win_rates(after, before)})
-    print(f"PPO done: {describe(means(after))}; {run.result}")
+    print_table(before, after, world, cfg.show)
+    print(f"{units(models.score)}PPO done: {describe(means(after))}; {run.result}")
 
 
 if __name__ == "__main__":

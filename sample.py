@@ -2,33 +2,56 @@
 
     python sample.py --ckpt out/ppo.pt --reward out/rm.pt "Tell a story about a fox and a lantern."
     python sample.py --ckpt out/sft.pt --reward out/rm.pt --best-of 16 "Tell a story about ..."
-    python sample.py --ckpt out/ppo.pt            # no prompt: a small chat loop; an empty line ends it
+    python sample.py --ckpt out/ppo.pt            # no prompt: line by line
+
+Without a prompt each line that is typed is one. Ctrl-C stops an answer; Ctrl-C at the prompt, Ctrl-D or an
+empty line ends the loop. A model that was trained on messages takes each line as a turn of the user and
+remembers the conversation (--chat); any other continues each line as it is (--no-chat).
 """
 import argparse
+import os
 import sys
 
 import torch
 
-from data.examples import encode_prompt, pad
+from data.examples import encode_prompt, pad, prompt_room
 from data.files import UserError
-from lib.common import load, load_tokenizer, pick_device
+from data.records import ANSWER, QUESTION, text_of
+from lib.common import load, load_tokenizer, one_sentence, pick_device
 from lib.fast import prepare
 from lib.generate import generate
+from lib.memory import exhausted
+from lib.output import make_harmless
 from lib.rewards import load_reward_model
 from model import GPT
+
+REMEDY = "Try a smaller --n, --best-of or --max-new-tokens"
+
+
+def note(text):
+    """Print what the model did not say; not on stdout, which may go into a file."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- prompts and responses ----
+
+def longest_prompt(gpt, args):
+    """Tokens of the longest prompt: as many as in PPO, or half of the model's where PPO would refuse."""
+    room, new = gpt.config.block_size, args.max_new_tokens
+    return prompt_room(room, new if new < room else room // 2)
 
 
 @torch.inference_mode()
 def respond(gpt, tokenizer, prompt, args, generator):
     """args.n responses to one prompt: tokens (n,T), lengths (n,), prompt length P."""
-    row = encode_prompt(prompt, tokenizer)
-    room = gpt.config.block_size - len(row)
-    if room < 1:
-        raise UserError(f"the prompt has {len(row)} tokens, and the model takes "
-                        f"{gpt.config.block_size} with the response")
+    row, room = encode_prompt(prompt, tokenizer), longest_prompt(gpt, args)
+    if len(row) > room:
+        note(f"the prompt has {len(row)} tokens: truncated from the left to {room}")
+        row = row[-room:]
     tokens, lengths = pad([row] * (args.best_of or args.n), gpt.lm_head.weight.device)
-    tokens, lengths = generate(gpt, tokens, lengths, min(room, args.max_new_tokens), args.temperature,
-                               args.top_k, args.top_p, tokenizer.eos, generator)
+    new = min(gpt.config.block_size - len(row), args.max_new_tokens)
+    tokens, lengths = generate(gpt, tokens, lengths, new, args.temperature, args.top_k, args.top_p,
+                               tokenizer.eos, generator)
     return tokens, lengths, len(row)
 
 
@@ -38,28 +61,107 @@ def score(rm, tokens, lengths):
         return rm.score(tokens[:, : rm.room], lengths.clamp(max=rm.room))
 
 
-def answer(prompt, gpt, rm, tokenizer, args, generator):
-    """Print the responses to one prompt, best score first; with --best-of only the best."""
+def answer(prompt, gpt, rm, tokenizer, args, generator, chat=False):
+    """Print the responses to one prompt, best score first; with --best-of only the best. Returns the first
+    one's text. chat: the prompt is a conversation, and a response is one turn of it."""
     tokens, lengths, P = respond(gpt, tokenizer, prompt, args, generator)
+    if chat:
+        tokens, lengths = one_turn(tokens, lengths, P, tokenizer)
     scores = score(rm, tokens, lengths) if rm else torch.zeros(len(tokens))
-    order = scores.argsort(descending=True).tolist() if rm else range(len(tokens))
+    order = scores.argsort(descending=True).tolist() if rm else list(range(len(tokens)))
     if args.best_of:
         print(f"[best of {args.best_of}; scores {scores.min():.2f} to {scores.max():.2f}, "
               f"mean {scores.mean():.2f}]")
         order = order[:1]
-    for i in order:
+    texts = [tokenizer.decode(tokens[i, P : lengths[i]].tolist()) for i in order]
+    for i, text in zip(order, texts, strict=True):
         ended = "" if tokens[i, lengths[i] - 1] == tokenizer.eos else " [...]"
         mark = f"[{scores[i]:+.2f}]" if rm else ">>"
-        print(f"{mark}{tokenizer.decode(tokens[i, P : lengths[i]].tolist())}{ended}\n")
+        print(f"{mark}{text}{ended}\n", flush=True)
+    return texts[0]
 
+
+# ---- conversations ----
+
+def takes_turns(gpt, args):
+    """Whether to talk in turns: as most of the demonstrations were, or as --chat or --no-chat says.
+
+    A checkpoint that doesn't tell is taken at --chat's word. UserError: --chat, and none of them were.
+    """
+    if args.chat and gpt.chat == 0:
+        raise UserError(f'--chat: {args.ckpt} was never trained on messages; drop --chat, or train it with '
+                        'train_sft.py on {"messages": ...}')
+    return (gpt.chat or 0) > 0.5 if args.chat is None else args.chat
+
+
+def as_prompt(turns):
+    """Messages as the prompt that train_sft.py makes of them."""
+    return text_of({"turns": turns}, "turns") + ANSWER
+
+
+def latest(turns, tokenizer, room):
+    """The latest turns that fit into `room` tokens, from a user's turn on; the last one stays in any case."""
+    while len(turns) > 1 and len(encode_prompt(as_prompt(turns), tokenizer)) > room:
+        turns = turns[2:]
+    return turns
+
+
+def one_turn(tokens, lengths, P, tokenizer):
+    """A response that goes on with somebody's next turn ends before it, as if with eos: (tokens, lengths)."""
+    rows = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    texts = [tokenizer.decode(row[P:]) for row in rows]
+    ends = [min((text.find(turn) for turn in (QUESTION, ANSWER) if turn in text), default=None)
+            for text in texts]
+    return pad([row if end is None else row[:P] + tokenizer.encode(text[:end]) + [tokenizer.eos]
+                for row, text, end in zip(rows, texts, ends, strict=True)], tokens.device)
+
+
+def lines():
+    """What is typed, line by line, until an empty line, Ctrl-D or Ctrl-C."""
+    if sys.stdin is None:
+        raise UserError("there is neither a prompt nor an open standard input to read one from")
+    sys.stdin.reconfigure(errors="replace")
+    try:
+        while line := input("> ").strip():
+            yield line
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+def talk(gpt, rm, tokenizer, args, generator, chat):
+    """Answer line by line; neither a bad line, nor Ctrl-C during an answer, nor a lack of memory ends it."""
+    turns = []
+    for line in lines():
+        asked = [*turns, {"role": "user", "content": line}]
+        try:
+            if chat:
+                asked = latest(asked, tokenizer, longest_prompt(gpt, args))
+                if dropped := len(turns) + 1 - len(asked):
+                    note(f"the {dropped} oldest turns no longer fit and are forgotten")
+            text = answer(as_prompt(asked) if chat else line, gpt, rm, tokenizer, args, generator, chat)
+            turns = [*asked, {"role": "assistant", "content": text.strip()}] if chat else []
+        except KeyboardInterrupt:
+            note("\nstopped; Ctrl-C once more to end")
+        except UserError as error:
+            note(f"sample.py: {error}")
+        except (RuntimeError, MemoryError) as error:
+            if not (lack := exhausted(error)):
+                raise
+            note(f"sample.py: {lack} {REMEDY}")
+
+
+# ---- command line ----
 
 def read_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", nargs="?", help="text to continue; without it a chat loop")
+    parser.add_argument("prompt", nargs="?", help="text to continue; without it, what is typed")
     parser.add_argument("--ckpt", default="out/ppo.pt", help="language model (default %(default)s)")
     parser.add_argument("--reward", help="reward model that scores each response, e.g. out/rm.pt")
-    parser.add_argument("--n", type=int, default=3, help="responses to print (default %(default)s)")
+    parser.add_argument("--chat", action=argparse.BooleanOptionalAction,
+                        help="take each prompt as a user's turn in a conversation (default: if the model was "
+                             "trained on messages)")
+    parser.add_argument("--n", type=int, help="responses to print (default 3, in a conversation 1)")
     parser.add_argument("--best-of", type=int, default=0,
                         help="sample this many, print the one with the best score")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 = greedy (default 1)")
@@ -77,8 +179,8 @@ def check(args):
     """Numbers that make no sense are the user's mistake, not a traceback."""
     if args.best_of and not args.reward:
         raise UserError("--best-of needs a reward model: --reward out/rm.pt")
-    if not (1 <= args.n <= 10**6 and args.max_new_tokens >= 1 and 0 <= args.best_of <= 10**6
-            and 0 <= args.seed < 2**63):
+    if not (1 <= (args.n or 1) <= 10**6 and args.n != 0 and args.max_new_tokens >= 1
+            and 0 <= args.best_of <= 10**6 and 0 <= args.seed < 2**63):
         raise UserError("--n and --max-new-tokens start at 1, --best-of and --seed at 0; --n and --best-of "
                         "end at 1000000")
     if args.temperature and not 1e-3 <= args.temperature <= 1e3:  # not: for nan
@@ -88,31 +190,27 @@ def check(args):
         raise UserError("--top-k starts at 1, and --top-p must be above 0 and at most 1")
 
 
-def prompts(args):
-    """The prompt of the command line, or what is typed, line by line."""
-    if args.prompt is not None:
-        yield args.prompt
-        return
-    while line := input("> ").strip():
-        yield line
-
-
 def main(args):
     check(args)
     device = pick_device(args.device)
     gpt, tokenizer, rm = load(GPT, args.ckpt), load_tokenizer(args.ckpt), None
+    chat = takes_turns(gpt, args)
+    args.n = args.n or (1 if chat else 3)
     if args.reward:
         rm = prepare(load_reward_model(args.reward, gpt, tokenizer), device)
     prepare(gpt, device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    for prompt in prompts(args):
-        answer(prompt, gpt, rm, tokenizer, args, generator)
+    if args.prompt is None:
+        talk(gpt, rm, tokenizer, args, generator, chat)
+        return
+    prompt = os.fsencode(args.prompt).decode(errors="replace")  # bytes that were no text
+    if chat and not prompt.endswith(ANSWER):  # else it is a conversation in our form already
+        prompt = as_prompt([{"role": "user", "content": prompt}])
+    answer(prompt, gpt, rm, tokenizer, args, generator, chat)
 
 
 if __name__ == "__main__":
-    try:
-        main(read_args())
-    except (UserError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
-    except (EOFError, KeyboardInterrupt):
-        print()
+    make_harmless()
+    arguments = read_args()
+    with one_sentence("sample.py", REMEDY):
+        main(arguments)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data.examples import encode_prompt, encode_rankings, open_data, pad
+from data.examples import encode_prompts, encode_rankings, open_data, pad, prompt_room
 from data.files import UserError
 from data.records import read_preferences, read_prompts
 from lib.checkpoint import load, load_tokenizer
@@ -24,6 +24,7 @@ from lib.checks import check_scores
 from lib.common import Shared, batches, cli, clip_and_step, count_steps, finite, pick_device, set_lr, shuffled
 from lib.fast import prepare
 from lib.generate import generate
+from lib.memory import check_training
 from lib.report import accuracy, report_pairs
 from lib.resume import Run
 from lib.rewards import score_rows
@@ -37,6 +38,7 @@ class Config(Shared):
     out: str = "out"  # folder with sft.pt, and for the results
     # reward model
     pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
+    max_new_tokens: int = 100  # longest of the samples that scores are normalised on; as for ppo.py
     wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this
     # training
     epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
@@ -93,30 +95,32 @@ def ranking_backward(rm, groups, micro_batch, device, step):
     return loss, right
 
 
-def sample_texts(gpt, prompts, eos, room, generator, device):
+def sample_texts(gpt, prompts, eos, max_new_tokens, generator, device):
     """One response of the SFT model to each prompt (token lists): -> prompts with responses; those
-    that do not end within the model's length are dropped."""
+    that do not end are dropped."""
     rows = []
     for start in range(0, len(prompts), 64):
         some = prompts[start : start + 64]
         tokens, lengths = pad(some, device)
-        tokens, lengths = generate(gpt, tokens, lengths, room - tokens.shape[1], eos=eos, generator=generator)
+        tokens, lengths = generate(gpt, tokens, lengths, max_new_tokens, eos=eos, generator=generator)
         texts = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
         rows += [text for text, prompt in zip(texts, some, strict=True)
                  if text[-1] == eos and len(text) > len(prompt)]
     return rows
 
 
-def normalise(rm, gpt, groups, folder, tokenizer, cfg, device):
-    """Give the SFT model's samples mean 0 and sd 1 (Ziegler et al. 2019), on PPO's prompts if there are
-    any; if it hardly ever ends a text, the best responses of the training data instead."""
-    prompts = [group.prompt for group in groups]
+def prompts_to_normalise_on(folder, train, skip_bad):
+    """Up to 512 prompts: PPO's, if there are any, else those of the preferences."""
     if (folder / "prompts.jsonl").exists():
-        texts = read_prompts(folder / "prompts.jsonl", cfg.skip_bad)
-        prompts = [encode_prompt(text, tokenizer) for text in texts]  # as in PPO
-    prompts = [prompt for prompt in prompts if 0 < len(prompt) < rm.room][:512]
+        return read_prompts(folder / "prompts.jsonl", skip_bad)[:512]
+    return [prompt for prompt, *_ in train[:512]]
+
+
+def normalise(rm, gpt, groups, prompts, max_new_tokens, tokenizer, cfg, device):
+    """Give the SFT model's samples on PPO's prompts mean 0 and sd 1 (Ziegler et al. 2019); if it hardly
+    ever ends a text, the best responses of the training data instead."""
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    rows = sample_texts(gpt, prompts, tokenizer.eos, rm.room, generator, device)
+    rows = sample_texts(gpt, prompts, tokenizer.eos, max_new_tokens, generator, device)
     name = "samples of the SFT model"
     if len(rows) < 64:
         rows, name = [g.rows[g.ranks.index(min(g.ranks))] for g in groups], "best responses"
@@ -147,12 +151,19 @@ def main(cfg):
     check_scores(prepare(rm, device))
     gpt, rm = (prepare(model, device, cfg) for model in (gpt, rm))
     groups = encode_rankings(train, tokenizer, rm.room, "preferences.jsonl")
+    val_groups = encode_rankings(val, tokenizer, rm.room, "preferences_val.jsonl")
+    if cfg.wide_gap and not any(group.gold for group in val_groups):
+        raise UserError('--wide-gap: no ranking in preferences_val.jsonl has "gold"')
+    new = min(cfg.max_new_tokens, rm.room * 4 // 5)  # the default fits a small model, too
+    prompts = encode_prompts(prompts_to_normalise_on(folder, train, cfg.skip_bad), tokenizer,
+                             prompt_room(rm.room, new), "prompts.jsonl")
 
     optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     plan = {**sizes(groups), "budget": cfg.batch_tokens}
     steps = count_steps(cfg.epochs, cfg.seed, **plan)
     rows = [len(row) for group in groups for row in group.rows]
+    check_training(rm.config, min(cfg.micro_batch, cfg.batch_tokens, sum(rows)), cfg, device.type)
     print(f"reward model: {len(groups)} prompts with {len(rows)} ranked responses, "
           f"{sum(rows)} tokens, read at {cfg.pool}, on {device}")
 
@@ -167,9 +178,8 @@ def main(cfg):
         run.after(step)
 
     rm.eval()
-    val_groups = encode_rankings(val, tokenizer, rm.room, "preferences_val.jsonl")
     result = report_pairs(rm, val_groups, world, cfg, device)
-    normalise(rm, gpt, groups, folder, tokenizer, cfg, device)
+    normalise(rm, gpt, groups, prompts, new, tokenizer, cfg, device)
     run.finish(rm, tokenizer, result)
     print(f"reward model done: held-out accuracy {result['accuracy']:.1%}"
           + (f", ceiling {result['ceiling']:.1%}" if world else "") + f"; {run.result}\n")

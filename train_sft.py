@@ -10,17 +10,19 @@ one of a long answer.
     python train_sft.py --init out/gpt2.pt --lr 5e-5    # from GPT-2's weights, see tools/hf.py
 """
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
 from data.examples import encode_demonstrations, open_data, pad, response_mask
 from data.files import UserError
-from data.records import read_sft
+from data.records import ANSWER, read_sft
 from data.tokenizer import get_tokenizer, train_tokenizer
 from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_model
 from lib.common import Shared, batches, cli, clip_and_step, count_steps, finite, pick_device, set_lr, shuffled
 from lib.fast import prepare
+from lib.memory import check_training
 from lib.report import print_sample
 from lib.resume import Run
 from model import GPT, GPTConfig
@@ -107,7 +109,7 @@ def start(cfg, train):
         return GPT(GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model,
                              cfg.dropout)), tokenizer
     for name in ("tokenizer", "vocab_size", "n_layer", "n_head", "d_model", "block_size"):
-        if getattr(cfg, name) != getattr(Config, name):
+        if getattr(cfg, name) != getattr(Config, name) or name in cfg.given:
             raise UserError(f"--init fixes the sizes and tokenizer; remove --{name.replace('_', '-')}")
     return load(GPT, cfg.init, cfg.dropout), load_tokenizer(cfg.init)
 
@@ -122,12 +124,15 @@ def main(cfg):
     train = read_sft(folder / "sft.jsonl", cfg.skip_bad)
     val = read_sft(folder / "sft_val.jsonl", cfg.skip_bad)
     gpt, tokenizer = start(cfg, train)
+    gpt.chat = fmean(prompt.endswith(ANSWER) for prompt, _ in train)  # sample.py asks
     check_model(prepare(gpt, device))
     prepare(gpt, device, cfg)
     rows = encode_demonstrations(train, tokenizer, gpt.config.block_size, "sft.jsonl")
     val_rows = encode_demonstrations(val, tokenizer, gpt.config.block_size, "sft_val.jsonl")
     optimizer = make_optimizer(gpt, cfg)
     plan = {"lengths": [len(row) for row, _ in rows], "budget": cfg.batch_tokens}
+    at_once = min(cfg.micro_batch, cfg.batch_tokens, sum(plan["lengths"]))
+    check_training(gpt.config, at_once, cfg, device.type)
     steps = count_steps(cfg.epochs, cfg.seed, **plan)
     size = sum(p.numel() for p in gpt.parameters())
     print(f"SFT: {len(rows)} demonstrations, {sum(plan['lengths'])} tokens, {size} parameters, "
@@ -147,6 +152,7 @@ def main(cfg):
         run.after(step)
 
     val_loss = evaluate(gpt, val_rows, min(cfg.batch_tokens, cfg.micro_batch), device)
+    finite("held-out loss", loss=val_loss)
     run.finish(gpt, tokenizer, {"val_loss": val_loss})
     print(f"SFT done: held-out loss {val_loss:.4f} nats per completion token on {len(val_rows)} "
           f"demonstrations; {run.result}\n")

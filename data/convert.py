@@ -11,7 +11,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from data.files import UserError, atomic_folder, json_object
+from data.files import UserError, atomic_folder, json_object, printable
 
 CHOICE = "made_from.txt"
 FILES = [name + side for name in ("sft", "preferences", "prompts") for side in (".jsonl", "_val.jsonl")]
@@ -30,7 +30,7 @@ class Dropped:
 
     def report(self):
         for reason, (count, first) in sorted(self.reasons.items(), key=lambda item: -item[1][0]):
-            print(f"dropped {count}: {reason} (first: {first})")
+            print(printable(f"dropped {count}: {reason} (first: {first})"))
 
 
 def lines(path, packed=None):
@@ -101,7 +101,7 @@ def is_complete(target, choice):
     if not all((target / name).is_file() for name in FILES):
         raise UserError(f"{target} exists and is not this data set, or is incomplete; move it or give "
                         "another --to")
-    made = (target / CHOICE).read_text(encoding="utf-8") if (target / CHOICE).exists() else choice
+    made = (target / CHOICE).read_text("utf-8", "replace") if (target / CHOICE).exists() else choice
     if made != choice:
         raise UserError(f"{target} was made from {made}, not from {choice}; move it or give another --to")
     return True
@@ -113,7 +113,7 @@ def write(target, files, choice):
         for name, rows in files.items():
             texts = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             (part / name).write_text("".join(texts), encoding="utf-8", newline="\n")
-            print(f"{target / name}: {len(texts)} lines")
+            print(f"{printable(target / name)}: {len(texts)} lines")
         (part / CHOICE).write_text(choice, encoding="utf-8")
 
 
@@ -130,7 +130,7 @@ def finish(make, target, choice):
     try:
         target = Path(os.path.realpath(target))
         if is_complete(target, choice):
-            print(f"{target} is already complete: nothing to do")
+            print(f"{printable(target)} is already complete: nothing to do")
         else:
             make(target, choice)
         return 0
@@ -140,5 +140,5 @@ def finish(make, target, choice):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: can't write {target} ({error.strerror or error})", file=sys.stderr)
+        print(f"error: can't write {printable(target)} ({error.strerror or error})", file=sys.stderr)
     return 1

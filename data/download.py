@@ -5,12 +5,10 @@ on the server since, the download starts over (RFC 9110, sections 13.1.5 and 14)
 """
 import http.client
 import re
-import sys
-import time
 import urllib.error
 import urllib.request
 
-from data.files import UserError
+from data.files import Progress, UserError
 
 
 def download(url, path, check, otherwise="fetch it by hand and use --from"):
@@ -80,17 +78,15 @@ def validator(headers):
 
 
 def receive(reply, file, name, total):
-    """Append the reply to file and show progress: one updating line on a terminal, else a line every 10 s."""
-    start, end, pause = ("\r", "", 0.2) if sys.stderr.isatty() else ("", "\n", 10)
-    said, whole = time.monotonic(), "" if total is None else f" of {total >> 10}"
+    """Append the reply to file and show progress."""
+    whole = "" if total is None else f" of {total >> 10}"
 
-    def say(end):
-        print(f"{start}{name}: {file.tell() >> 10}{whole} kB", end=end, file=sys.stderr, flush=True)
-    try:
-        while block := reply.read(1 << 16):
-            file.write(block)
-            if time.monotonic() > said + pause:
-                said = time.monotonic()
-                say(end)
-    finally:
-        say("\n")
+    def text():
+        return f"{name}: {file.tell() >> 10}{whole} kB"
+    with Progress() as progress:
+        try:
+            while block := reply.read(1 << 16):
+                file.write(block)
+                progress(text())
+        finally:
+            progress.say(text())

@@ -46,13 +46,12 @@ def encode_demonstrations(examples, tokenizer, room, name):
 
 
 def encode_rankings(examples, tokenizer, room, name):
-    """[(prompt, responses, ranks, gold)] -> [Ranking], rows of at most `room` tokens. UserError: none fits.
-
-    Here an empty prompt stays empty: a text that is only judged needs no first token.
-    """
-    made = _encode([example[:2] for example in examples], tokenizer, room, name, first=[])
-    return [Ranking(prompt, [prompt + response for response in responses], *examples[i][2:3],
-                    examples[i][:2], examples[i][3]) for i, prompt, responses in made]
+    """[(prompt, responses, ranks, gold)] -> [Ranking], rows of at most `room` tokens. UserError: none."""
+    groups = []
+    for i, prompt, responses in _encode([example[:2] for example in examples], tokenizer, room, name):
+        *texts, ranks, gold = examples[i]
+        groups.append(Ranking(prompt, [prompt + response for response in responses], ranks, texts, gold))
+    return groups
 
 
 def encode_prompts(prompts, tokenizer, room, name):
@@ -65,7 +64,15 @@ def encode_prompt(prompt, tokenizer):
     return tokenizer.encode(prompt) or [tokenizer.eos]
 
 
-def _encode(examples, tokenizer, room, name, first=None):
+def prompt_room(room, max_new_tokens):
+    """Tokens of the longest prompt that `max_new_tokens` can follow within `room`. UserError: none can."""
+    if room <= max_new_tokens:
+        raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's "
+                        f"{room} tokens")
+    return room - max_new_tokens
+
+
+def _encode(examples, tokenizer, room, name):
     """[(prompt, responses)] -> [(index, prompt tokens, responses' tokens with eos)].
 
     A prompt that is too long is truncated from the left, alike for all its responses; an example with a
@@ -73,7 +80,7 @@ def _encode(examples, tokenizer, room, name, first=None):
     """
     made, truncated = [], 0
     for i, (prompt, responses) in enumerate(examples):
-        prompt = encode_prompt(prompt, tokenizer) if first is None else tokenizer.encode(prompt) or first
+        prompt = encode_prompt(prompt, tokenizer)
         responses = [tokenizer.encode(response) + [tokenizer.eos] for response in responses]
         left = room - max(map(len, responses), default=0)
         if left >= 1:

@@ -10,57 +10,70 @@
 and NAME_val.jsonl beside each. "ranks" is optional: smaller is better, equal ranks are ties. "gold",
 also optional, holds each response's true score where it is known; it is only reported, never trained
 on. A "prompt", "completion", "chosen" or "rejected" may also be a list of messages,
-{"role": "user", "content": "..."}; a response is then a single assistant turn.
-The column names are TRL's, so its files work here.
+{"role": "user", "content": "..."}; a response is then a single assistant turn. Messages become the text
+of Anthropic's HH, wherever they stand: "\\n\\nHuman: ...\\n\\nAssistant: ...", and a prompt ends with
+"\\n\\nAssistant:". The column names are TRL's, so its files work here.
+
+A null is no value. Columns that contradict one another are an error, and so is one that seems to be
+misspelt; what is merely unused is counted and named (data/columns.py).
 """
+from collections import Counter
 from pathlib import Path
 
-from data.files import UserError, json_object
+from data import columns
+from data.files import UserError, json_object, printable
+from data.tokenizer import check_text
 
 QUESTION, ANSWER = "\n\nHuman:", "\n\nAssistant:"  # how a turn begins in Anthropic's HH texts
+NAMES = {"user": QUESTION, "human": QUESTION, "assistant": ANSWER, "system": "\n\nSystem:"}
 
 
 def read_sft(path, skip_bad=False):
     """[(prompt, completion)]; the prompt of {"text": ...} is empty."""
-    return _read(path, _demonstration, skip_bad)
+    return _read(path, "sft", _demonstration, skip_bad)
 
 
 def read_preferences(path, skip_bad=False):
     """[(prompt, responses, ranks, gold)]: at least two responses; smaller ranks are better; gold is a list
     or None."""
-    return _read(path, _preference, skip_bad)
+    return _read(path, "preferences", _preference, skip_bad)
 
 
 def read_prompts(path, skip_bad=False):
     """[prompt]"""
-    return _read(path, _prompt, skip_bad)
+    return _read(path, "prompts", _only_prompt, skip_bad)
 
 
-def _read(path, parse, skip_bad):
+def _read(path, kind, parse, skip_bad):
     """[parse(object)] of a JSONL file. UserError: unreadable, no examples, or a bad line without skip_bad."""
     path = Path(path)
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    examples, bad = [], 0
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', error)}") from None
+    examples, bad, ignored = [], 0, Counter()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            examples.append(parse(json_object(line)))
+            row = {name: value for name, value in json_object(line).items() if value is not None}
+            examples.append(parse(row))
+            ignored.update(columns.ignored(row, kind))
         except UserError as error:
             if not skip_bad:
                 raise UserError(f"{path}:{number}: {error} (--skip-bad skips such lines)") from None
             bad += 1
     if bad:
-        print(f"{path}: {bad} bad lines skipped, {len(examples)} kept")
+        print(f"{printable(path)}: {bad} bad lines skipped, {len(examples)} kept")
+    columns.report(path, ignored)
     if not examples:
         raise UserError(f"{path}: no examples")
     return examples
 
+
+# ---- columns ----
 
 def text_of(row, column):
     """A column's text; a list of messages is rendered as text. UserError: missing, or not a string."""
@@ -88,21 +101,22 @@ def _response(row, column):
     if not isinstance(row[column], list):
         return text
     if len(row[column]) != 1:
-        raise UserError(f'"{column}" must have exactly one turn after the prompt')
+        whole = 'put it into "messages"' if column == "completion" else 'drop the "prompt" column'
+        hint = f"; if it is the whole conversation, {whole}" * ("prompt" in row)
+        raise UserError(f'"{column}" must have exactly one turn after the prompt{hint}')
     return _last(row[column])
 
 
 def _chat(messages):
-    """Messages as plain text: "Human: ..." or "Assistant: ..." turns with an empty line between."""
-    names = {"user": "Human", "human": "Human", "assistant": "Assistant", "system": "System"}
+    """Messages as HH text: "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." turns."""
     turns = []
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in list(names):
-            raise UserError(f'a message needs a "role" ({", ".join(names)}) and "content"')
+        if not isinstance(message, dict) or message.get("role") not in list(NAMES):
+            raise UserError(f'a message needs a "role" ({", ".join(NAMES)}) and "content"')
         if isinstance(message.get("content"), list):
             raise UserError('"content" must be a string')
-        turns.append(f"{names[message['role']]}: {text_of(message, 'content')}")
-    return "\n\n".join(turns)
+        turns.append(f"{NAMES[message['role']]} {text_of(message, 'content')}")
+    return "".join(turns)
 
 
 def _last(messages):
@@ -114,23 +128,91 @@ def _last(messages):
     return " " + messages[-1]["content"]
 
 
+def _need(row, kind, *names):
+    """UserError: one of these columns is missing."""
+    for name in names:
+        if name not in row:
+            raise columns.missing(row, name, kind)
+
+
+def _check(row, kind, prompt, responses, repeated, n=0):
+    """UserError: a text can't be encoded, the responses repeat the prompt, or an unused column was meant.
+
+    repeated: who does, and what to do; n: the number of responses whose order matters.
+    """
+    for text in (prompt, *responses):
+        check_text(text)
+    if "prompt" in row:
+        columns.check_repeated(prompt, responses, repeated)
+    if row.keys() - columns.READ[kind]:
+        columns.check_order(row, n)
+        columns.check_names(row, kind, [prompt + response for response in responses])
+
+
+# ---- prompts and demonstrations ----
+
+def _only_prompt(row):
+    _need(row, "prompts", "prompt")
+    check_text(prompt := _prompt(row))
+    return prompt
+
+
 def _demonstration(row):
+    if row.get("label") is False:
+        raise UserError('"label": false marks a completion that must not be learned; delete the line')
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or len(messages) < 2:
-            raise UserError('"messages" needs at least two turns; the last is the completion')
-        _chat(messages)  # checks the last turn, too
-        return _chat(messages[:-1]) + ANSWER, _last(messages)
-    if "text" in row:
-        if "completion" in row:
-            raise UserError('give "text" or "completion", not both')
-        prompt, completion = "", text_of(row, "text")
+        prompt, completion = _conversation(row)
+    elif "text" in row:
+        prompt, completion = _text(row)
     else:
+        _need(row, "sft", "prompt", "completion")
         prompt, completion = _prompt(row), _response(row, "completion")
     if not completion:
         raise UserError("the completion is empty")
+    _check(row, "sft", prompt, [completion],
+           'the completion; remove it there, or give the whole as "text" without a prompt')
     return prompt, completion
 
+
+def _text(row):
+    """UserError: beside a completion, or a prompt that is not empty."""
+    if not isinstance(row["text"], str):
+        raise UserError('"text" must be a string')
+    if "completion" in row:
+        raise UserError('give "text" or "completion", not both')
+    if _given(row, "prompt"):
+        raise UserError('give "text" or "prompt", not both: a "text" has no prompt; for the answer to one, '
+                        'rename "text" to "completion"')
+    return "", text_of(row, "text")
+
+
+def _conversation(row):
+    """UserError: not a conversation, or it contradicts a prompt, completion or text in the same line."""
+    messages = row["messages"]
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise UserError('"messages" needs at least two turns; the last is the completion')
+    _chat(messages)  # checks the last turn, too
+    prompt, completion = _chat(messages[:-1]) + ANSWER, _last(messages)
+    said = [message["content"].strip() for message in messages]
+    if _given(row, "text"):
+        raise UserError('give "messages" or "text", not both')
+    if _given(row, "prompt") and not (_prompt(row) == prompt or _plain(row["prompt"]) in said[:-1]):
+        raise UserError('"prompt" and "messages" contradict each other; delete one of them')
+    if _given(row, "completion") and not (_response(row, "completion") == completion
+                                         or _plain(row["completion"]) == said[-1]):
+        raise UserError('"completion" and "messages" contradict each other; delete one of them')
+    return prompt, completion
+
+
+def _given(row, column):
+    return row.get(column, "") not in ("", [])
+
+
+def _plain(text):
+    return text.strip() if isinstance(text, str) else None
+
+
+# ---- preferences ----
 
 def split(chosen, rejected):
     """Two texts, or two lists of messages, with a common prompt -> (prompt, chosen, rejected).
@@ -173,24 +255,56 @@ def _end_of_words(chosen, rejected, n):
 
 
 def _preference(row):
-    if "prompt" not in row and "chosen" in row:
-        text_of(row, "chosen"), text_of(row, "rejected")  # report faults in the columns themselves first
-        prompt, chosen, rejected = split(row["chosen"], row["rejected"])
-        row = row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    prompt = _prompt(row)
-    if "responses" not in row:
-        responses = [_response(row, "chosen"), _response(row, "rejected")]
-    elif isinstance(row["responses"], list):
-        responses = [_response({"responses": response}, "responses") for response in row["responses"]]
+    if "responses" in row:
+        prompt, responses = _ranked(row)
     else:
-        raise UserError('"responses" must be a list')
+        prompt, *responses = _pair(row)
     ranks = _numbers(row, "ranks", len(responses)) if "ranks" in row else list(range(len(responses)))
     gold = _numbers(row, "gold", len(responses)) if "gold" in row else None
+    if "responses" not in row and ranks[0] >= ranks[1]:
+        raise UserError('"ranks" does not put "chosen" above "rejected"; delete it, or swap the two')
     if len(set(ranks)) < 2:
         raise UserError("no response is ranked above another")
     if len(set(responses)) < len(responses):
         raise UserError("two responses are identical")
+    if "responses" in row:
+        _check_agreement(row, dict(zip(responses, ranks, strict=True)))
+    repeated = "the responses; remove it there" + ', or drop the "prompt" column' * ("responses" not in row)
+    _check(row, "preferences", prompt, responses, repeated, len(responses))
     return prompt, responses, ranks, gold
+
+
+def _pair(row):
+    """(prompt, chosen, rejected) of a line with "chosen" and "rejected"."""
+    if "prompt" in row or "chosen" not in row:
+        _need(row, "preferences", "prompt", "chosen", "rejected")
+        return _prompt(row), _response(row, "chosen"), _response(row, "rejected")
+    _need(row, "preferences", "rejected")
+    text_of(row, "chosen"), text_of(row, "rejected")  # report faults in the columns themselves first
+    prompt, chosen, rejected = split(row["chosen"], row["rejected"])
+    return (_prompt({"prompt": prompt}), _response({"chosen": chosen}, "chosen"),
+            _response({"rejected": rejected}, "rejected"))
+
+
+def _ranked(row):
+    """(prompt, responses) of a line with "responses"."""
+    _need(row, "preferences", "prompt")
+    if not isinstance(row["responses"], list):
+        raise UserError('"responses" must be a list')
+    return _prompt(row), [_response({"responses": response}, "responses") for response in row["responses"]]
+
+
+def _check_agreement(row, rank):
+    """UserError: "chosen" or "rejected" contradicts the "responses", whose {text: rank} this is."""
+    best = min(rank.values())
+    chosen, rejected = (_response(row, name) if name in row else None for name in ("chosen", "rejected"))
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if text is not None and text not in rank:
+            raise UserError(f'"{name}" is not among the "responses"; delete one of the two columns')
+    top = best if chosen is None else rank[chosen]
+    if top > best if rejected is None else top >= rank[rejected]:
+        raise UserError('"chosen" and "rejected" contradict the "responses" (best first, or by "ranks"); '
+                        "delete what is wrong")
 
 
 def _numbers(row, column, n):

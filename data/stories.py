@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-from data.files import UserError, atomic_folder
+from data.files import UserError, atomic_folder, printable
 
 FOLDER = Path(__file__).parent / "files" / "stories"
 BEST = 1.0  # gold of a perfect story
@@ -274,7 +274,7 @@ def make(folder=FOLDER, seed=0):
     """Write the data set unless `folder` exists; returns the folder. UserError: it can't be written."""
     if folder.exists():
         if os.path.getmtime(__file__) > os.path.getmtime(folder):
-            print(f"data/stories.py is newer than {folder}; delete the folder to regenerate it")
+            print(f"data/stories.py is newer than {printable(folder)}; delete the folder to regenerate it")
         return folder
     try:
         with atomic_folder(folder) as part:
@@ -284,7 +284,7 @@ def make(folder=FOLDER, seed=0):
     except OSError as error:
         if not folder.exists():  # else another process was first, with the same lines
             raise UserError(f"can't write the stories to {folder}: {error.strerror}") from None
-    print(f"wrote the stories data set to {folder}")
+    print(f"wrote the stories data set to {printable(folder)}")
     return folder
 
 

@@ -32,7 +32,7 @@ from data.convert import (
     write,
 )
 from data.download import download
-from data.files import UserError
+from data.files import UserError, printable
 from data.records import text_of
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
@@ -122,7 +122,7 @@ def build(paths, target, choice):
     write(target, made, choice)
     for name in FILES:
         if name not in made:
-            print(f"{target / name}: not made, the source has nothing for it")
+            print(f"{printable(target / name)}: not made, the source has nothing for it")
 
 
 def given(sources):

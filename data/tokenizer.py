@@ -13,12 +13,13 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
+from itertools import islice, pairwise
+from operator import itemgetter
 
 import regex  # for \p{L}; tiktoken itself depends on it
 import tiktoken
 
-from data.files import UserError, atomic_file, json_object
+from data.files import Progress, UserError, atomic_file, json_object, printable
 
 # GPT-2's split in tiktoken's spelling (openai_public.py, r50k_pat_str): no merge crosses a word
 # boundary. Copied, not imported, because a BPE in an old checkpoint is meaningless without it.
@@ -27,10 +28,10 @@ LONGEST_BLANK = 300_000  # whitespace characters; tiktoken 0.14 handles this man
 
 
 class Tokenizer:
-    """A thin wrapper over tiktoken.Encoding. `vocab_size` includes `eos`."""
+    """A thin wrapper over tiktoken.Encoding. `vocab_size` includes `eos`; `name` is safe to print."""
 
     def __init__(self, name, encoding, bpe=None):
-        self.name, self.encoding, self.bpe = name, encoding, bpe
+        self.name, self.encoding, self.bpe = printable(name), encoding, bpe
         self.vocab_size, self.eos = encoding.n_vocab, encoding.eot_token
 
     def encode(self, text):
@@ -38,8 +39,7 @@ class Tokenizer:
 
         A lone surrogate (JSON can contain one) becomes U+FFFD. UserError: too much whitespace in a row.
         """
-        if len(text) > LONGEST_BLANK and regex.search(rf"\s{{{LONGEST_BLANK}}}", text):
-            raise UserError(f"the text has {LONGEST_BLANK} whitespace characters in a row")
+        check_text(text)
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
@@ -55,6 +55,13 @@ class Tokenizer:
     def spec(self):
         """A dict of strings for a checkpoint, from which `from_spec` rebuilds this tokenizer."""
         return {"name": self.name} if self.bpe is None else {"name": self.name, "bpe": self.bpe}
+
+
+def check_text(text):
+    """UserError: too much whitespace in a row, for any tokenizer."""
+    # the lookbehind makes it linear: a run is tried from its start only
+    if len(text) >= LONGEST_BLANK and regex.search(rf"(?<!\s)\s{{{LONGEST_BLANK}}}", text):
+        raise UserError(f"the text has {LONGEST_BLANK} whitespace characters in a row")
 
 
 def get_tokenizer(name):
@@ -154,15 +161,26 @@ def train_bpe(texts, vocab_size):
     """{token: rank} of at most vocab_size - 1 tokens (the last id is eos): repeatedly merges the most
     frequent pair, ties going to the smallest pair, until no pair occurs twice.
 
-    UserError: vocab_size below 257, or no text.
+    Says how far it is when it takes long. UserError: vocab_size below 257, or no text.
     """
     if vocab_size < 257:
         raise UserError(f"vocab size {vocab_size} is below 257 (256 bytes and eos)")
-    words = Counter(word for text in texts for word in regex.findall(SPLIT, _well_formed(text)))
-    if not words:
-        raise UserError("nothing to train on: the text is empty")
+    with Progress() as progress:
+        words = Counter()
+        for text in texts:
+            found = map(itemgetter(0), regex.finditer(SPLIT, _well_formed(text)))
+            while some := list(islice(found, 65536)):
+                words.update(some)
+                progress("training the tokenizer: splitting the text")
+        if not words:
+            raise UserError("nothing to train on: the text is empty")
+        return _merge_pairs(words, vocab_size, progress)
+
+
+def _merge_pairs(words, vocab_size, progress):
+    """{word: count} -> {token: rank}, as train_bpe."""
     line = _lay_out(words)
-    counts, places = _count_pairs(line)
+    counts, places = _count_pairs(line, progress)
     heap = [(-count, pair) for pair, count in counts.items()]
     heapify(heap)
     ranks = {bytes([i]): i for i in range(256)}
@@ -173,7 +191,8 @@ def train_bpe(texts, vocab_size):
             heappush(heap, (-counts[pair], pair))
         elif -count > 1:
             ranks[pair[0] + pair[1]] = len(ranks)
-            for new in _merge(pair, line, counts, places):
+            where = _watch(places.pop(pair), progress, f"{len(ranks)} of {vocab_size} ids")
+            for new in _merge(pair, where, line, counts, places):
                 heappush(heap, (-counts[new], new))
     return ranks
 
@@ -188,31 +207,39 @@ def _well_formed(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def _watch(items, progress, text):
+    """The items, one by one; now and then it says the text."""
+    for n, item in enumerate(items):
+        if n % 65536 == 0:
+            progress(f"training the tokenizer: {text}")
+        yield item
+
+
 def _lay_out(words):
     """{word: count} -> one linked list of tokens, b"" between words: (token, weight, left, right)."""
-    token, weight = [b""], [0]
+    token, weight, single = [b""], [0], [bytes([byte]) for byte in range(256)]
     for word, count in words.items():
         data = word.encode()
-        token += [bytes([byte]) for byte in data] + [b""]
+        token += [single[byte] for byte in data] + [b""]
         weight += [count] * len(data) + [0]
     return token, weight, list(range(-1, len(token) - 1)), list(range(1, len(token) + 1))
 
 
-def _count_pairs(line):
+def _count_pairs(line, progress):
     """Counts of all pairs of neighbouring tokens, and where each occurs: ({pair: n}, {pair: [i]})."""
     token, weight, _, _ = line
     counts, places = Counter(), defaultdict(list)
-    for i, pair in enumerate(pairwise(token)):
+    for i, pair in enumerate(_watch(pairwise(token), progress, "counting pairs")):
         if all(pair):
             counts[pair] += weight[i]
             places[pair].append(i)
     return counts, places
 
 
-def _merge(pair, line, counts, places):
+def _merge(pair, where, line, counts, places):
     """Merge every occurrence of the pair, left to right; returns the new pairs this makes."""
     (token, weight, left, right), (a, b), new_pairs = line, pair, set()
-    for i in places.pop(pair):  # ascending where order matters, i.e. if a == b
+    for i in where:  # ascending where order matters, i.e. if a == b
         j = right[i]
         if (token[i], token[j]) != pair:
             continue  # already merged
@@ -232,7 +259,10 @@ def _merge(pair, line, counts, places):
 # ---- command line ----
 
 def read_texts(path):
-    """A file's text, or all strings in its JSON objects, as a list. UserError: names the place and fault."""
+    """A file's text, or all strings in its JSON objects, as a list, each fit to be encoded.
+
+    UserError: names the place and the fault.
+    """
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             raw = file.read()
@@ -242,14 +272,19 @@ def read_texts(path):
         return [text for n, line in enumerate(raw.split(b"\n"), 1) if line.strip()
                 for text in _strings_of_line(line, f"{path}:{n}")]
     try:
-        return [raw.decode("utf-8-sig")]
+        check_text(text := raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return [text]
 
 
 def _strings_of_line(line, place):
     try:
-        return _strings(json_object(line))
+        for text in (texts := _strings(json_object(line))):
+            check_text(text)
+        return texts
     except (UserError, RecursionError) as error:  # _strings may recurse deeper than the JSON reader
         why = error if isinstance(error, UserError) else "not JSON: nested too deeply"
         raise UserError(f"{place}: {why}") from None
@@ -274,7 +309,7 @@ def train(files, vocab_size, out):
     n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
     save_bpe(ranks, out)
     print(f"vocabulary {tokenizer.vocab_size}  bytes per token {n_bytes / n_tokens:.2f}  "
-          f"text {n_bytes / 1e6:.2f} MB  seconds {seconds:.1f}\nsaved {out}")
+          f"text {n_bytes / 1e6:.2f} MB  seconds {seconds:.1f}\nsaved {printable(out)}")
 
 
 def main(argv=None):

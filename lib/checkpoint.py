@@ -1,6 +1,6 @@
 """Save and load checkpoints: writes are atomic; loading never executes code.
 
-A checkpoint is {"kind", "config", "tokenizer", "weights", "pool"}: all that a later script needs.
+A checkpoint is {"kind", "config", "tokenizer", "weights", "pool", "probe"}: all that a later script needs.
 """
 import dataclasses
 import filecmp
@@ -11,14 +11,19 @@ from pathlib import Path
 
 import torch
 
-from data.files import UserError, atomic_file, check_stored
+from data.files import UserError, atomic_file, check_archive
 from data.tokenizer import from_spec
+from lib.fast import plain
+from lib.memory import exhausted
 from model import GPT, GPTConfig, RewardModel, Trunk
 
 # the only globals our pickles reference; torch's own allow-list includes some that can exhaust memory
 NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
          "torch DoubleStorage", "torch HalfStorage", "torch BFloat16Storage", "torch ByteStorage",
          "torch LongStorage"}
+# a pickle of ours holds names, a vocabulary, and a few numbers for each prompt; each operation can make an
+# object of some 200 bytes
+PICKLE_BYTES, PICKLE_OPERATIONS = 2**26, 10**6
 
 
 def previous(path):
@@ -51,11 +56,34 @@ def _same_again(new, path):
 
 
 def save(path, model, tokenizer):
-    """Write a checkpoint that `load` and `load_tokenizer` read."""
+    """Write a checkpoint that `load` and `load_tokenizer` read. UserError: weights are not finite."""
+    check_finite(model, path)
     data = {"kind": type(model).__name__, "config": dataclasses.asdict(model.config),
             "tokenizer": tokenizer.spec(), "weights": model.state_dict(),
-            "pool": model.pool if isinstance(model, RewardModel) else None}
+            "pool": model.pool if isinstance(model, RewardModel) else None, "probe": probe(model),
+            "chat": getattr(model, "chat", None)}
     write(Path(path), data, keep=True)
+
+
+def check_finite(model, what):
+    """UserError: a weight of the model is NaN or infinite."""
+    for name, x in model.state_dict().items():
+        if not torch.isfinite(x).all():
+            raise UserError(f"{what}: {name} holds non-finite numbers; earlier checkpoints are intact")
+
+
+@torch.inference_mode()
+def probe(model):
+    """What a model makes of a fixed text: up to 16 positions, (.., 8) logits or (.., 1) values, on the CPU.
+
+    Weights of the same names and shapes can mean something else to other code, or with another n_head: then
+    these numbers differ.
+    """
+    V, device = model.config.vocab_size, next(model.parameters()).device
+    tokens = [(7 * t * t + 3) % V for t in range(min(16, model.config.block_size))]
+    with plain(model):
+        out = model(torch.tensor([tokens], device=device))[0].float().cpu()
+    return out[:, None] if out.dim() == 1 else out[:, :8].clone()
 
 
 def load(model_class, path, dropout=0.0):
@@ -80,10 +108,24 @@ def load(model_class, path, dropout=0.0):
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         why = str(error).splitlines()[:2][-1].strip()
         raise UserError(f"{path}: the weights do not fit this model.py ({why:.300})") from None
-    for name, x in model.state_dict().items():
-        if not torch.isfinite(x).all():
-            raise UserError(f"{path}: {name} holds non-finite numbers")
+    check_finite(model, path)
+    check_same(model, data, path)
+    model.chat = data.get("chat")  # the share of demonstrations that were messages; None: nobody says
     return model.eval()
+
+
+def check_same(model, data, path):
+    """UserError: the model that was loaded does not compute what the one that was saved did."""
+    tied = [name for name, x in model.state_dict().items() if not torch.equal(x, data["weights"][name])]
+    if tied:
+        raise UserError(f"{path}: {tied[0]} shares its weights with another layer in this model.py, but not "
+                        "in the checkpoint")
+    was = data.get("probe")  # None: a checkpoint from before there were probes
+    if was is not None:
+        now = probe(model)
+        if now.shape != was.shape or not (now - was).abs().max() <= 5e-3 * was.abs().max():
+            raise UserError(f"{path} was saved by another model.py, or its config was changed: the same "
+                            "weights give other outputs here")
 
 
 def _build(model_class, config, pool):
@@ -97,11 +139,15 @@ def kind(path):
 
 def load_tokenizer(path):
     """The tokenizer that a checkpoint was trained with."""
-    spec = _read(path)["tokenizer"]
+    data = _read(path)
     try:
-        return from_spec(spec)
+        tokenizer = from_spec(data["tokenizer"])
+        if tokenizer.vocab_size != data["config"]["vocab_size"]:
+            raise UserError(f"it has {tokenizer.vocab_size} tokens, and the network "
+                            f"{data['config']['vocab_size']!r:.20}")
     except UserError as error:
         raise UserError(f"{path}: its tokenizer: {' '.join(str(error).split())[-300:]}") from None
+    return tokenizer
 
 
 def _read(path):
@@ -114,12 +160,23 @@ def _read(path):
         fine = data["kind"] in ("GPT", "RewardModel") and data["pool"] in (None, *RewardModel.POOLS) and all(
             type(name) is str and x.is_floating_point() for name, x in weights.items())
         # twice, for the head shares the embedding's numbers; strides of 0 could feign any size
-        fine = fine and sum(x.nbytes for x in weights.values()) <= 2 * size
+        fine = fine and sum(x.nbytes for x in weights.values()) <= 2 * size and type(data["config"]) is dict
+        was = data.get("probe")
+        chat = data.get("chat")
+        fine = fine and (chat is None or type(chat) is float and 0 <= chat <= 1)
+        fine = fine and (was is None or was.is_floating_point() and was.dim() == 2 and was.nbytes <= size)
     except Exception:  # a foreign file can hold anything here
         fine = False
     if not fine:
         raise UserError(f"{path} is not an onetrunk checkpoint, or is corrupt")
     return data | {"weights": weights}
+
+
+def _check_pickle(data):
+    """ValueError: a pickle with globals that ours never reference, or with too many operations."""
+    for n, (operation, arg, _) in enumerate(pickletools.genops(data)):
+        if n > PICKLE_OPERATIONS or operation.name == "GLOBAL" and arg not in NAMED:
+            raise ValueError
 
 
 def unpickle(path, names, what, mmap=True):
@@ -128,17 +185,19 @@ def unpickle(path, names, what, mmap=True):
     UserError: other content, corrupt, compressed, or referencing globals that `write` never wrote.
     """
     try:
-        check_stored(path)
+        check_archive(path)
         with zipfile.ZipFile(path) as file:
-            pickles = [file.read(name) for name in file.namelist() if name.endswith(".pkl")]
-        operations = (op for data in pickles for op in pickletools.genops(data))
-        if not NAMED >= {arg for op, arg, _ in operations if op.name == "GLOBAL"}:
-            raise ValueError
+            pickles = [entry for entry in file.infolist() if entry.filename.endswith(".pkl")]
+            if not sum(entry.file_size for entry in pickles) <= PICKLE_BYTES:
+                raise ValueError
+            for entry in pickles:
+                _check_pickle(file.read(entry))
         data = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         if not names <= data.keys():
             raise ValueError
         return data
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
-    except Exception:  # a corrupt pickle can raise anything
-        raise UserError(f"{path} is not an onetrunk {what}, or is corrupt") from None
+    except Exception as error:  # a corrupt pickle can raise anything
+        lack = ", or there is too little memory to read it" if exhausted(error) else ""
+        raise UserError(f"{path} is not an onetrunk {what}, or is corrupt{lack}") from None

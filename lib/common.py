@@ -1,5 +1,6 @@
 """What every script needs: command line, device, batches, learning rate, log, checkpoints."""
 import argparse
+import collections
 import dataclasses
 import inspect
 import itertools
@@ -9,13 +10,16 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from data.files import UserError
-from lib.checkpoint import keep_previous, load, load_tokenizer, save  # noqa: F401, for callers
-from lib.fast import keep_memory
+from lib.checkpoint import load, load_tokenizer, save  # noqa: F401, for callers
+from lib.fast import compiler_fault, keep_memory
+from lib.memory import check_sizes, exhausted
+from lib.output import make_harmless
 
 
 @dataclasses.dataclass
@@ -23,7 +27,7 @@ class Shared:
     """Flags that all training scripts share: each has a Config that is derived from this."""
 
     # run
-    save_every: int = 200  # steps (PPO: updates) between saved states, to resume from; 0: never
+    save_every: int = 200  # steps (PPO: updates) between saved states, to resume from; 0: at the end only
     resume: bool = False  # continue from the last saved state
     seed: int = 1  # of new weights, order and samples
     device: str = "auto"  # "cuda", "mps", "cpu"
@@ -32,22 +36,41 @@ class Shared:
     compile: bool = False  # torch.compile, in generation only on a GPU; needs a C++ compiler
     skip_bad: bool = False  # skip malformed lines and report how many
 
+    given = frozenset()  # names of the flags on the command line; no field
+
 
 def cli(main, Config):
     """Parse flags into Config and run main; report a user's mistake as one sentence, exit 1."""
+    make_harmless()
     cfg = Config(**vars(flags(main, Config).parse_args()))
-    name = Path(sys.argv[0]).name
+    cfg.given = {arg[2:].partition("=")[0].replace("-", "_") for arg in sys.argv[1:] if arg.startswith("--")}
     keep_memory()
-    try:
+    with one_sentence(Path(sys.argv[0]).name, "Try a smaller --micro-batch or --checkpoint-activations; "
+                      "`python -m tools.bench --plan` estimates what PPO needs"):
         check_numbers(cfg)
+        check_pairs(cfg)
+        check_sizes(cfg, pick_device(cfg.device).type)
         main(cfg)
+
+
+@contextmanager
+def one_sentence(name, remedy):
+    """Inside, what the user can mend ends the program `name` with one sentence and exit code 1: a mistake,
+    a file, too little memory (`remedy` says what to lower), a compiler. Anything else keeps its traceback."""
+    try:
+        yield
     except KeyboardInterrupt:  # before the first step, or pressed once more
         sys.exit(130)
-    except torch.cuda.OutOfMemoryError as error:
-        sys.exit(f"{name}: {str(error).splitlines()[0][:200]} Try a smaller --micro-batch or "
-                 "--checkpoint-activations; `python -m tools.bench --plan` estimates what PPO needs")
-    except (UserError, OSError) as error:
-        sys.exit(f"{name}: {error}")
+    except Exception as error:
+        if lack := exhausted(error):
+            sys.exit(f"{name}: {lack} {remedy}")
+        if isinstance(error, UserError) or isinstance(error, OSError) and not error.filename:
+            sys.exit(f"{name}: {error}")
+        if isinstance(error, OSError):
+            sys.exit(f"{name}: {error.filename}: {error.strerror}")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(f"{name}: --compile: torch.compile failed ({compiler_fault(error)}); drop --compile")
+        raise
 
 
 def flags(main, Config):
@@ -67,7 +90,8 @@ def flags(main, Config):
 
 
 LIMITS = {"seed": (0, 2**63 - 1), "dropout": (0, 0.99), "lam": (0, 1), "block_size": (2, 2**31),
-          "no_eos_score": (-1e9, 1e9), "clip": (0, math.inf), "update_kl": (0, math.inf)}
+          "no_eos_score": (-1e9, 1e9), "clip": (1e-9, math.inf), "update_kl": (0, math.inf),
+          "temperature": (0.01, 100)}
 LIMITS |= dict.fromkeys(("lr", "critic_lr", "weight_decay", "save_every", "kl_coef", "kl_target", "ptx_coef",
                          "show", "wide_gap"), (0, 1e9))
 
@@ -78,6 +102,29 @@ def check_numbers(cfg):
         low, high = LIMITS.get(name, (1 if type(x) is int else 1e-9, 2**31))
         if type(x) in (int, float) and not low <= x <= high:
             raise UserError(f"--{name.replace('_', '-')} {x} must lie between {low} and {high}")
+
+
+def check_pairs(cfg):
+    """UserError: flags that are valid alone but can't work together, or would silently do nothing."""
+    x = {field.name: field.default for field in dataclasses.fields(cfg)}
+    changed = {name for name, default in x.items() if getattr(cfg, name) != default} | cfg.given
+    x = collections.defaultdict(float, vars(cfg))
+    wrong = {
+        "--kl-coef must be at least 1e-9 with --kl-target, which changes it by a factor":
+            x["kl_target"] and x["kl_coef"] < 1e-9,
+        "--kl-horizon does nothing without --kl-target": "kl_horizon" in changed and not x["kl_target"],
+        "--reward-scale does nothing without --reward": "reward_scale" in changed and not x["reward"],
+        f"--reward-scale {x['reward_scale']}: expected first or none":
+            x["reward"] and x["reward_scale"] not in ("first", "none"),
+        "--minibatches must not exceed --batch": x["minibatches"] > x["batch"],
+        "--lr times --weight-decay must stay below 1: each step takes that share off every matrix":
+            x["lr"] * x["weight_decay"] >= 1,
+        "--vocab-size is for the BPE that is trained here; remove it, or --tokenizer":
+            "vocab_size" in changed and x["tokenizer"],
+    }
+    for sentence, so in wrong.items():
+        if so:
+            raise UserError(sentence)
 
 
 def pick_device(name):
@@ -147,21 +194,35 @@ def shuffled(lengths, budget, generator, done, steps, rows=None):
     return enumerate(itertools.islice(made, done, steps), done + 1)
 
 
-def cycle(n, size, generator, left):
-    """Index lists of `size`, each epoch a fresh permutation of range(n), without end.
+class Cycle:
+    """Lists of `size` of the rows, each epoch in a fresh order drawn from `generator`, without end."""
 
-    `left` is the list of those still to come, kept by the caller so that it can be saved.
-    """
-    while True:
-        while len(left) < size:
-            left += torch.randperm(n, generator=generator).tolist()
-        index, left[:] = left[:size], left[size:]
-        yield index
+    def __init__(self, rows, size, generator):
+        self.rows, self.size, self.generator, self.left = rows, size, generator, []
+
+    def __next__(self):
+        while len(self.left) < self.size:
+            self.left += torch.randperm(len(self.rows), generator=self.generator).tolist()
+        index, self.left = self.left[: self.size], self.left[self.size :]
+        return [self.rows[i] for i in index]
+
+    def state_dict(self):
+        return {"left": self.left}
+
+    def check_state(self, state):
+        """ValueError: no rows that are still to come."""
+        left = state.get("left") if type(state) is dict else None
+        if type(left) is not list or not all(type(i) is int and 0 <= i < len(self.rows) for i in left):
+            raise ValueError("the rows still to come are none of this data set")
+
+    def load_state_dict(self, state):
+        self.left = list(state["left"])
 
 
 def set_lr(optimizer, lr, step, steps, warmup, floor):
-    """Linear warm-up over `warmup` steps, then half a cosine down to `floor` x lr; returns the rate."""
-    rise = min(1.0, (step + 1) / max(1, warmup))
+    """Linear warm-up over `warmup` steps, or a tenth of all if that is less, then half a cosine down to
+    `floor` x lr; returns the rate."""
+    rise = min(1.0, (step + 1) / max(1, min(warmup, steps // 10)))
     fall = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
     for group in optimizer.param_groups:
         group["lr"] = lr * rise * fall
@@ -195,19 +256,16 @@ def finite(where, **numbers):
 class Log:
     """One line a step on the terminal, the same numbers as a line of JSON in `path`, config first.
 
-    When a `saved` run is resumed (lib/resume.py), lines after the saved step are dropped and written anew.
+    Of a `saved` run (lib/resume.py) the lines up to its step stay, and later ones are written anew.
     """
 
     def __init__(self, path, config, steps, saved=None):
-        self.steps, self.start, self.lines, self.done = steps, time.time(), 0, 0
+        self.steps, self.start, self.lines, self.done = steps, time.monotonic(), 0, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         if saved:
-            if not path.exists() or path.stat().st_size < saved["log"]:
-                raise UserError(f"--resume: {path} is missing, or is not the log of that run")
-            os.truncate(path, saved["log"])
+            os.truncate(path, saved["log"]["size"])
             self.file, self.done = open(path, "a"), saved["step"]
             return
-        keep_previous(path)
         self.file = open(path, "w")
         self._write({"config": dataclasses.asdict(config)})
 
@@ -219,8 +277,8 @@ class Log:
             names = "".join(name.rjust(max(9, len(name) + 2)) for name in numbers)
             print(f"{'step':>9}{names}     left")
         self.lines += 1
-        left = int((time.time() - self.start) / (step - self.done) * (self.steps - step))
-        cells = "".join(f"{f'{x:.3g}' if isinstance(x, float) else x}".rjust(max(9, len(name) + 2))
+        left = max(0, int((time.monotonic() - self.start) / (step - self.done) * (self.steps - step)))
+        cells = "".join(" " + f"{f'{x:.3g}' if isinstance(x, float) else x}".rjust(max(8, len(name) + 1))
                         for name, x in numbers.items())
         print(f"{step:4d}/{self.steps:<4d}{cells}  {left // 60:4d}:{left % 60:02d}", flush=True)
 
@@ -229,5 +287,12 @@ class Log:
         self._write({"report": numbers})
 
     def _write(self, line):
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(json.dumps(without_nan(line), allow_nan=False) + "\n")
         self.file.flush()
+
+
+def without_nan(x):
+    """x with None for every number that JSON lacks: NaN and the infinities."""
+    if isinstance(x, dict):
+        return {name: without_nan(y) for name, y in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -4,8 +4,10 @@ On a CPU: matrix products by oneDNN where PyTorch's own choice is slow, weights 
 freed memory kept. On request: bfloat16, recomputed blocks, torch.compile.
 """
 import ctypes
+import functools
 import os
 import platform
+import re
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from data.files import UserError
 
 
 def prepare(model, device="cpu", cfg=None):
@@ -36,8 +40,34 @@ def prepare(model, device="cpu", cfg=None):
         if isinstance(block, Tuned):  # now, or as the copy of one
             block.bf16, block.recompute = bf16, recompute
     if cfg and cfg.compile:
+        check_compile(next(model.parameters()).device)
         model.trunk.compile(dynamic=True)  # lengths differ from batch to batch
     return model
+
+
+@functools.cache
+def check_compile(device):
+    """UserError: torch.compile does not work on this machine: it can't even compile two lines."""
+    def two_lines(x):
+        y = (x + 0.5).sin()
+        return y.sum() + y.cos()
+
+    try:
+        torch.compile(two_lines)(torch.ones(64, device=device))
+    except Exception as error:  # a compiler fails in many ways
+        raise UserError(f"--compile: torch.compile does not work on this machine ({compiler_fault(error)}); "
+                        "drop --compile, or mend that") from None
+
+
+def compiler_fault(error):
+    """The line that tells most of what torch.compile raised."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = [line for line in lines if re.search(r"\berror: |No working C", line)]
+    return (told or lines)[0][:200]
 
 
 class Tuned:
@@ -51,6 +81,23 @@ class Tuned:
             if self.recompute and torch.is_grad_enabled():
                 return checkpoint(block, x, positions, use_reentrant=False)
             return block(x, positions)
+
+
+@contextmanager
+def plain(model):
+    """Inside this context the model computes as model.py says: in eval mode, no bfloat16, not compiled."""
+    blocks = [block for block in model.trunk.blocks if isinstance(block, Tuned)]
+    was, training = [block.bf16 for block in blocks], model.training
+    compiled, model.trunk._compiled_call_impl = model.trunk._compiled_call_impl, None
+    for block in blocks:
+        block.bf16 = False
+    try:
+        yield model.eval()
+    finally:
+        for block, bf16 in zip(blocks, was, strict=True):
+            block.bf16 = bf16
+        model.trunk._compiled_call_impl = compiled
+        model.train(training)
 
 
 def static_steps(gpt):

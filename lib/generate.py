@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.fast import packed, static_steps
+from lib.memory import check_generation
 from model import sample
 
 
@@ -108,11 +109,12 @@ def generate(gpt, tokens, lengths, max_new_tokens, temperature=1.0, top_k=None, 
     The new lengths count prompt and response, `eos` included; beyond them the tokens are 0.
     A row stops at its first new `eos` (None: never); temperature 0 is greedy.
     Each row uses its own row of random numbers, so it does not depend on the rows beside it.
-    ValueError: P + max_new_tokens > block_size; the prompt is never truncated.
+    ValueError: P + max_new_tokens > block_size; the prompt is never truncated. UserError: too little memory.
     """
     (B, P), block_size = tokens.shape, gpt.config.block_size
     if P + max_new_tokens > block_size:
         raise ValueError(f"{P} + {max_new_tokens} tokens > block_size {block_size}")
+    check_generation(gpt.config, B, P, P + max_new_tokens, tokens.device.type)
     uniform = torch.rand(B, max_new_tokens, generator=generator, device=tokens.device)
     with packed(gpt):
         return _generate(gpt, tokens, lengths, uniform, eos, temperature, top_k, top_p)

@@ -59,7 +59,9 @@ def report_pairs(rm, groups, world, cfg, device):
           + (f", ceiling {result['ceiling']:.1%}" if world else "")
           + f", longer wins {result['longer_wins']:.1%}")
     wide = gold.abs() > cfg.wide_gap
-    if cfg.wide_gap and wide.any():
+    if cfg.wide_gap and not wide.any():
+        print(f"no two of the true scores differ by more than {cfg.wide_gap}")
+    elif cfg.wide_gap:
         result["accuracy_wide"] = right[wide].mean().item()
         print(f"where the true scores differ by more than {cfg.wide_gap}: "
               f"{result['accuracy_wide']:.1%} on {wide.sum()}")
@@ -90,11 +92,12 @@ def calibration_error(gap, bins=10):
 # ---- PPO ----
 
 def measure(batch, tokenizer, world):
-    """What is known of each response of an assessed rollout: score, kl (nats), eos, length, each (B,); gold,
-    where there is a `world` that knows it, and the texts, [(prompt, response)]."""
+    """What is known of each response of an assessed rollout: score, kl (nats), eos, length, each (B,); raw,
+    if the score is a scaled one; gold, where a `world` knows it; and the texts, [(prompt, response)]."""
     mask = batch["mask"]
     texts = list(zip(*split_texts(batch["tokens"], batch["lengths"], batch["P"], tokenizer), strict=True))
-    return {"score": batch["score"], "gold": [world.gold_score(*text) for text in texts] if world else [],
+    return {"score": batch["score"], "raw": batch.get("raw", []),
+            "gold": [world.gold_score(*text) for text in texts] if world else [],
             "kl": torch.where(mask, batch["logp"] - batch["ref_logp"], 0.0).sum(1),
             "eos": batch["ended"].float(), "length": mask.sum(1).float(), "texts": texts}
 
@@ -139,6 +142,8 @@ def print_table(before, after, world, show):
     if before["judge"]:
         print(f", with the judge in {win_rate(after['judge'], before['judge']):.1%}", end="")
     print(" (ties half)")
+    for sentence in gain_from_ends(before, after):
+        print(f"warning: {sentence}")
     for i in range(min(show, len(before["texts"]))):
         print(f"\n{before['texts'][i][0]}")
         for name, result in (("SFT", before), ("PPO", after)):
@@ -147,9 +152,10 @@ def print_table(before, after, world, show):
     print()
 
 
-def warnings(stats, first):
+def warnings(stats, first, useless=0):
     """What goes wrong in an update, with the likely cause and the flag to change; `first` are the
-    numbers of the first update. The limits are far outside what a good run shows."""
+    numbers of the first update, `useless` counts the updates in a row with explained variance below 0. The
+    limits are far outside what a good run shows."""
     wrong = {
         "the KL is above 50 nats a response: the policy has left the text that the reward model knows, "
         "so its scores mean little. Raise --kl-coef or lower --lr": stats["kl"] > 50,
@@ -157,8 +163,34 @@ def warnings(stats, first):
         "Raise --kl-coef or lower --lr": stats["entropy"] < 0.1 * first["entropy"],
         "fewer than half as many responses end as in the first update: long ones score higher, or a "
         "missing end costs too little. Lower --no-eos-score": stats["eos"] < 0.5 * first["eos"],
+        f"the explained variance has been below 0 for {PATIENCE} updates: the critic predicts worse than one "
+        "number for all would. It moves by --clip an update, so scores need a mean near 0 and a standard "
+        "deviation near 1 (--reward-scale first); else raise --critic-lr": useless >= PATIENCE,
+        "an update took no step: KL(old, new) exceeded 1.5 x --update-kl before the first one. Raise it":
+            stats.get("grad_norm") == 0 and stats["update_kl"] > 0,
     }
     return [sentence for sentence, so in wrong.items() if so]
+
+
+PATIENCE = 15  # a critic that starts from nothing needs about 10
+
+
+def gain_from_ends(before, after):
+    """A warning, [sentence] or [], about two results of ppo.evaluate: more than half of a gain in score is
+    that --no-eos-score is given more or less often, not that the responses that end are better."""
+    def mean_of_ended(result):
+        ended = [score for score, eos in zip(result["score"], result["eos"], strict=True) if eos]
+        return fmean(ended) if ended else None
+
+    was, now = mean_of_ended(before), mean_of_ended(after)
+    gain = fmean(after["score"]) - fmean(before["score"])
+    often = (fmean(before["eos"]) + fmean(after["eos"])) / 2
+    better = 0.0 if None in (was, now) else often * (now - was)
+    if not (gain > 0.05 and better < gain / 2):
+        return []
+    return ["more than half of the gain in score is --no-eos-score, given more or less often than before: "
+            "not better responses, but fewer or more that end. Compare eos, and change --no-eos-score or "
+            "--max-new-tokens"]
 
 
 def describe(numbers):

@@ -3,7 +3,9 @@
 On the same CPU with as many threads it ends with the same bits: weights, optimizer and log
 (tests/test_resume.py).
 """
+import copy
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -12,9 +14,19 @@ from pathlib import Path
 
 import torch
 
-from data.files import UserError
-from lib.checkpoint import keep_previous, save, unpickle, write
+from data.files import UserError, replace
+from lib.checkpoint import check_finite, keep_previous, previous, save, unpickle, write
 from lib.common import Log
+from lib.state import check_state, get_state, set_state
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None
+
+
+class Stopped(SystemExit):
+    """A signal ends the run: what code of the user's must not be blamed for."""
 
 
 class Run:
@@ -26,14 +38,19 @@ class Run:
         run.finish(gpt, tokenizer, {"loss": ...})  # writes out/sft.pt and the report, marks the run finished
 
     `files` are all that the run reads: resuming with different data, flags or device is refused, for the
-    rest of the run would not fit its beginning. At the end NAME.finished.pt replaces NAME.state.pt.
+    rest of the run would not fit its beginning. Until a run is finished, its log and state are
+    NAME.state.jsonl and NAME.state.pt; then they become the generation NAME.pt, NAME.log.jsonl,
+    NAME.finished.pt, and the one before it moves to NAME.prev.pt, and so on.
     """
 
     def __init__(self, name, cfg, files, device):
         out = Path(cfg.out)
-        self.cfg, self.caught = cfg, 0
-        self.result, self.log_path = out / f"{name}.pt", out / f"{name}.jsonl"
-        self.path, self.finished = out / f"{name}.state.pt", out / f"{name}.finished.pt"
+        self.cfg, self.caught, self.step, self.handlers = cfg, 0, None, {}
+        self.result, self.log_path, self.finished = (
+            out / f"{name}{end}" for end in (".pt", ".log.jsonl", ".finished.pt"))
+        self.path, self.running_log = out / f"{name}.state.pt", out / f"{name}.state.jsonl"
+        self._refuse_own_files(files)
+        self.lock = lock(out)
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
                       if name not in ("out", "resume", "save_every", "show",
                                       "checkpoint_activations")}  # these change no result
@@ -41,98 +58,203 @@ class Run:
         self.start |= {os.path.relpath(file, out): checksum(file) for file in files if file}
         self.saved = self._find() if cfg.resume else None
 
+    def _refuse_own_files(self, files):
+        """UserError: the run would read what it writes or moves."""
+        ours = [self.result, self.log_path, self.finished, self.path, self.running_log]
+        ours = {os.path.realpath(path): path for path in [*ours, *map(previous, ours)]}
+        for file in filter(None, files):
+            if path := ours.get(os.path.realpath(file)):
+                raise UserError(f"{file} is read by this run, and {path} is written by it: "
+                                "choose another --out")
+
     def _find(self):
-        path = self.finished if self.finished.exists() else self.path
-        if not path.exists():
-            raise UserError(f"--resume: there is no {path} to resume from; drop --resume")
+        """The saved state; exits if the run has finished. UserError: there is none, or another run's."""
+        if not self.path.exists() and not self.finished.exists():
+            raise UserError(f"--resume: there is no {self.path} to resume from; drop --resume")
+        path = self.path if self.path.exists() else self.finished
         saved = unpickle(path, {"start", "step"}, "saved state", mmap=False)
-        was = [f"{name} was {saved['start'].get(name)}" for name, x in self.start.items()
-               if saved["start"].get(name) != x]
+        start, step = saved["start"], saved["step"]
+        if type(start) is not dict or type(step) is not int or step < 0:
+            raise UserError(f"{path} is not an onetrunk saved state, or is corrupt")
+        was = [f"{name} was {start.get(name)}" for name, x in self.start.items() if start.get(name) != x]
         if was:
             raise UserError(f"--resume: the run in {path} was started with different settings: "
                             f"{', '.join(was)}")
-        if path == self.finished:
-            print(f"{path}: this run has finished; drop --resume to start a new one")
+        if self.finished.exists() and (path == self.finished or self._was_finished(saved)):
+            self.path.unlink(missing_ok=True)
+            print(f"{self.finished}: this run has finished; drop --resume to start a new one")
             sys.exit(0)
         return saved
+
+    def _was_finished(self, saved):
+        """Whether a state is what a kill at the very end of `finish` left behind."""
+        last = unpickle(self.finished, {"start", "step"}, "saved state", mmap=False)
+        return last["start"] == saved["start"] and last["step"] == saved["step"]
 
     def begin(self, steps, **parts):
         """Open the log and fill `parts` from the saved state, if any; returns the number of steps done.
 
-        A part is a model, an optimizer, a generator, or a list or dict of plain numbers.
+        A part is a model, an optimizer, a generator, a dict of plain numbers, or has state_dict and
+        load_state_dict, which raises ValueError for what it can't continue from.
         """
         saved, self.saved = self.saved, None
-        self.log = Log(self.log_path, self.cfg, steps, saved)
-        self.step = saved["step"] if saved else 0
         generators = (torch.default_generator, *torch.cuda.default_generators)
         self.parts = parts | {f"rng{i}": generator for i, generator in enumerate(generators)}
-        self.handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
-        if saved is None:
-            self.finished.unlink(missing_ok=True)
-            keep_previous(self.path)
-            return 0
+        if saved:
+            self._restore(saved, steps)
+        else:
+            if self.path.exists():  # else the log of an unfinished run is worth nothing
+                keep_previous(self.running_log)
+                keep_previous(self.path)
+        self.log = Log(self.running_log, self.cfg, steps, saved)
+        self.step = saved["step"] if saved else 0
+        self.handlers = {n: signal.signal(n, self._stop) for n in stop_signals()}
+        if saved:
+            print(f"resuming after step {self.step} of {steps}")
+        self._remember()
+        return self.step
+
+    def _restore(self, saved, steps):
+        """Check the whole saved state, then load it. UserError: it is not a state of this run."""
+        log = saved.get("log") or {}
+        if not self.running_log.exists() and fingerprint(self.log_path, log) == log:  # killed within `finish`
+            replace(self.log_path, self.running_log)
+        if fingerprint(self.running_log, log) != log:
+            raise UserError(f"--resume: {self.running_log} is missing, or is not the log of that run")
         try:
+            if saved["step"] > steps or saved["parts"].keys() != self.parts.keys():
+                raise ValueError(f"step {saved['step']} of {steps}, parts {', '.join(saved['parts'])}")
+            for name, part in self.parts.items():
+                check_state(part, saved["parts"][name], name)
             for name, part in self.parts.items():
                 set_state(part, saved["parts"][name])
-        except (RuntimeError, ValueError, LookupError) as error:
-            why = str(error).splitlines()[-1].strip()
-            raise UserError(f"{self.path} does not fit this model.py ({why})") from None
-        print(f"resuming after step {saved['step']} of {steps}")
-        return saved["step"]
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+            raise UserError(f"{self.path} does not fit this run ({why:.300})") from None
 
     def after(self, step):
-        """Call after every step: saves when due, exits if a signal asked for it."""
+        """Call after every step: saves when due and at the last one, exits if a signal asked for it."""
         stop, every, steps = self.caught, self.cfg.save_every, self.log.steps  # once: a signal may come
-        if stop or every and (step == steps or step % every == 0):
-            os.fsync(self.log.file.fileno())
-            parts = {name: get_state(part) for name, part in self.parts.items()}
-            write(self.path, {"start": self.start, "step": step, "log": self.log.file.tell(), "parts": parts})
+        if stop or step == steps or every and step % every == 0:
+            self.save_state(step)
         if stop:
             print(f"stopped after step {step} of {steps}; rerun with --resume to continue")
             sys.exit(128 + stop)
         self.step = step
+        self._remember()
+
+    def _remember(self):
+        """What `save_now` can't read off later: the small parts as they are between two steps."""
+        self.between = {name: copy.deepcopy(get_state(part)) for name, part in self.parts.items()
+                        if not isinstance(part, (torch.nn.Module, torch.optim.Optimizer))}
+        self.logged = self.log.file.tell()
+
+    def save_now(self):
+        """Save the last whole step, from within the next one but before that changes a weight; returns
+        the end of a sentence about it."""
+        if self.step is None:
+            return "nothing is lost, --resume continues" if self.cfg.resume else "no step had been taken yet"
+        self.save_state(self.step, self.logged, self.between)
+        return f"step {self.step} of {self.log.steps} is saved; rerun with --resume to continue"
+
+    def save_state(self, step, logged=None, between=()):
+        """Write the state from which --resume continues. UserError: the weights are not finite."""
+        for part in self.parts.values():
+            if isinstance(part, torch.nn.Module):
+                check_finite(part, f"step {step}")
+        os.fsync(self.log.file.fileno())
+        write(self.path, {"start": self.start, "step": step,
+                          "log": fingerprint(self.running_log, {"size": logged or self.log.file.tell()}),
+                          "parts": {name: between[name] if name in between else get_state(part)
+                                    for name, part in self.parts.items()}})
 
     def _stop(self, number, frame):
         self._restore_handlers()  # a second signal stops at once
-        if self.step == self.log.steps:  # no step is left to finish
-            sys.exit(128 + number)
+        if self.step == self.log.steps:  # no step is left to finish, and the last one is saved
+            tell(f"\nthe training is done and saved in {self.path}; rerun with --resume to finish\n")
+            raise Stopped(128 + number)
         self.caught = number
-        os.write(2, b"\nfinishing this step\n")  # print is not safe in a signal handler
+        tell("\nfinishing this step\n")
 
     def _restore_handlers(self):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def finish(self, model, tokenizer, *reports):
-        """Write the result, then each report (a dict of numbers) into the log, then mark the run finished."""
-        save(self.result, model, tokenizer)
+        """Write the reports (dicts of numbers) into the log, then put result, log and mark in place of the
+        earlier generation. A kill at any moment leaves a whole generation or a state to resume from."""
         for numbers in reports:
             self.log.report(**numbers)
+        os.fsync(self.log.file.fileno())
+        save(self.result, model, tokenizer)
+        for path in (self.log_path, self.finished):
+            keep_previous(path)
+        replace(self.running_log, self.log_path)
         write(self.finished, {"start": self.start, "step": self.log.steps})
         self.path.unlink(missing_ok=True)
         self._restore_handlers()
 
 
+def lock(out):
+    """An open file that holds the folder `out` for this process; the kernel releases it when that ends.
+
+    A record lock, which forked children do not inherit. UserError: another process holds it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a+")
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--out {out}: there is a file of that name, or one above it is no folder") from None
+    except OSError as error:
+        raise UserError(f"--out {out}: can't be written ({error.strerror})") from None
+    if fcntl:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(f"--out {out} is in use by process {file.read(20).strip() or '?'}; wait for it, "
+                            "or choose another --out") from None
+        except OSError:
+            return file  # a file system without locks
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    return file
+
+
+def stop_signals():
+    """The signals that end a run after the step, but for those that it was started to ignore (nohup, &)."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
+
+
+def tell(text):
+    """Write to stderr from within a signal handler, where print is not safe; never into a file of ours."""
+    try:
+        os.write(sys.__stderr__.fileno(), text.encode())
+    except (AttributeError, OSError, ValueError):
+        pass  # closed
+
+
 def checksum(path):
     if not os.path.isfile(path):
         return None
-    crc = 0
+    return f"a file with CRC {crc(path, None):x}"
+
+
+def fingerprint(path, saved):
+    """{"size", "crc"} of the first saved["size"] bytes of a log; None: it is missing, or shorter."""
+    size = saved.get("size") if type(saved) is dict else None
+    if type(size) is not int or not os.path.isfile(path) or not 0 <= size <= os.path.getsize(path):
+        return None
+    return {"size": size, "crc": crc(path, size)}
+
+
+def crc(path, size):
+    """CRC-32 of a file's first `size` bytes; None: of all."""
+    found, left = 0, math.inf if size is None else size
     with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            crc = zlib.crc32(piece, crc)
-    return f"a file with CRC {crc:x}"
-
-
-def get_state(part):
-    if isinstance(part, (list, dict)):
-        return part
-    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-
-
-def set_state(part, state):
-    if isinstance(part, list):
-        part[:] = state
-    elif isinstance(part, dict):
-        part.update(state)
-    else:
-        (part.set_state if isinstance(part, torch.Generator) else part.load_state_dict)(state)
+        while piece := file.read(int(min(2**20, left))):
+            found, left = zlib.crc32(piece, found), left - len(piece)
+    return found

@@ -1,12 +1,18 @@
 """Where scores come from: a reward model, or a Python function of the user's."""
-import importlib.util
-from pathlib import Path
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 
 from data.examples import pad
 from data.files import UserError
-from lib.common import batches, load, load_tokenizer
+from lib.common import batches, finite, load, load_tokenizer, micro_batches
+from lib.resume import crc
+from lib.state import check_plain
+from lib.user_code import saved, user_code
 from model import RewardModel
 
 
@@ -26,28 +32,169 @@ def score_rows(rm, rows, budget, device):
     with torch.inference_mode():
         for index in batches([len(row) for row in rows], budget):
             scores[index] = rm.score(*pad([rows[i] for i in index], device)).cpu()
+    finite("scoring", score=scores)
     return scores
 
 
-def model_score(rm):
-    """The reward model as a function of (tokens, lengths, P) -> (B,)."""
-    return lambda tokens, lengths, P: rm.score(tokens, lengths)
-
-
-def text_score(function, name, tokenizer):
-    """A user's function(prompts, responses) -> list of floats as a function of (tokens, lengths, P)."""
+def model_score(rm, micro_batch=math.inf):
+    """The reward model as a function of (tokens, lengths, P) -> (B,), in pieces of micro_batch tokens."""
     def score(tokens, lengths, P):
-        prompts, responses = split_texts(tokens, lengths, P, tokenizer)
-        result = function(prompts, responses)
-        try:
-            scores = torch.tensor([s + 0.0 for s in result], dtype=torch.float32)  # numpy's numbers, too
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            scores = torch.empty(0)
-        if scores.shape != (len(prompts),) or not torch.isfinite(scores).all():
-            raise UserError(f"--reward {name} must return {len(prompts)} finite numbers for "
-                            f"{len(prompts)} responses; it returned {str(result)[:80]}")
-        return scores.to(tokens.device)
+        scores = torch.zeros(len(tokens), device=tokens.device)
+        batch = {"tokens": tokens, "lengths": lengths}
+        for index, b in micro_batches(batch, range(len(tokens)), micro_batch):
+            scores[index] = rm.score(b["tokens"], b["lengths"])
+        return scores
     return score
+
+
+# ---- a function of the user's ----
+
+class TextScore:
+    """A user's function(prompts, responses) -> numbers as a function of (tokens, lengths, P) -> (B,).
+
+    The function is called once for all rows, in their order. With a Scale, scores are in its units, and
+    `raw` keeps what the function returned last, in float64 on the CPU. It is a part of the `run`, which is
+    saved when the function fails: its state is the scale, and from which file the function came.
+    """
+
+    raw = None
+
+    def __init__(self, function, name, tokenizer, scale=None, run=None):
+        self.function, self.name, self.tokenizer, self.scale, self.run = function, name, tokenizer, scale, run
+        path = name.rpartition(":")[0]
+        self.file = crc(path, None) if os.path.isfile(path) else 0
+
+    def __call__(self, tokens, lengths, P):
+        prompts, responses = split_texts(tokens, lengths, P, self.tokenizer)
+        n = len(prompts)
+        with user_code(f"--reward {self.name}", self.run):
+            values = listed(self.function(prompts, responses), n)
+        try:
+            raw = numbers(values, n)
+        except ValueError as error:
+            raise UserError(f"--reward {self.name} must return {n} finite numbers for {n} responses; it "
+                            f"returned {error}{saved(self.run)}") from None
+        if self.scale:
+            last = tokens[torch.arange(n, device=tokens.device), lengths - 1].cpu()
+            self.scale.learn(raw[last == self.tokenizer.eos])
+            self.raw, raw = raw, self.scale(raw)
+        return raw.float().to(tokens.device)
+
+    def state_dict(self):
+        return {"file": self.file, **vars(self.scale or Scale())}
+
+    def check_state(self, state):
+        """ValueError: not what state_dict can be."""
+        check_plain(self.state_dict(), state, "the scale of the rewards")
+        if not (state["n"] >= 0 and state["m2"] >= 0):
+            raise ValueError("the scale of the rewards is negative")
+
+    def load_state_dict(self, state):
+        if state["file"] != self.file:
+            print(f"{self.name} has changed since the run began: it goes on with the new one")
+        if self.scale:
+            self.scale.__init__(state["n"], state["mean"], state["m2"])
+
+
+class Scale:
+    """Raw rewards -> mean 0, sd 1 over the first of them: ENOUGH or more, not all equal.
+
+    What meets a score is in these units: the KL penalty, the score of a missing end, the critic's clip.
+    Once known they stay, so that the scores of all updates can be compared.
+    """
+
+    ENOUGH = 64
+
+    def __init__(self, n=0, mean=0.0, m2=0.0):
+        self.n, self.mean, self.m2 = n, mean, m2  # m2: sum of the squared deviations
+
+    def learn(self, raw):
+        """Take raw (N,), float64, into mean and deviation, unless enough is known."""
+        if not len(raw) or self.n >= self.ENOUGH and self.varied:
+            return
+        if self.n >= self.ENOUGH:  # all equal, which says nothing of how far apart rewards are
+            self.__init__()
+        gap, n = raw.mean().item() - self.mean, self.n + len(raw)
+        self.m2 += ((raw - raw.mean()) ** 2).sum().item() + gap**2 * self.n * len(raw) / n
+        self.mean += gap * len(raw) / n
+        self.n = n
+
+    @property
+    def varied(self):
+        return self.n > 0 and math.sqrt(self.m2 / self.n) > 1e-12 * abs(self.mean)
+
+    @property
+    def sd(self):
+        return math.sqrt(self.m2 / self.n) if self.varied else 1.0
+
+    def __call__(self, raw):
+        return (raw - self.mean) / self.sd
+
+
+def scale_of(score):
+    """The Scale of a TextScore, as numbers for the log; {} where there is none."""
+    scale = getattr(score, "scale", None)
+    return {"reward_mean": scale.mean, "reward_sd": scale.sd} if scale else {}
+
+
+def units(score):
+    """In which units the scores of a user's function are: a line to print, empty for a reward model."""
+    if not isinstance(score, TextScore):
+        return ""
+    scale = score.scale
+    if not scale:
+        return f"score: what {score.name} returns, not scaled\n"
+    return (f"score: (raw - {scale.mean:.4g}) / {scale.sd:.4g}, mean and standard deviation of the first "
+            f"{scale.n} responses that ended; raw: what {score.name} returns\n"
+            + ("" if scale.varied else "all of those were equal: nothing to learn from yet\n"))
+
+
+def in_units(result, score, no_eos_score):
+    """A result of ppo.evaluate, its scores in the units that the TextScore `score` has now; of a reward
+    model they never change."""
+    if not result.get("raw"):
+        return result
+    scaled = score.scale(torch.tensor(result["raw"], dtype=torch.float64)).float().tolist()
+    return result | {"score": [x if ended else no_eos_score
+                               for x, ended in zip(scaled, result["eos"], strict=True)]}
+
+
+def listed(result, n):
+    """What the user's function returned, as a list of at most n + 1; as it is when it is no sequence of
+    numbers. This runs code of the user's if it is a generator."""
+    if isinstance(result, (Mapping, Set, str, bytes, bytearray)) or not isinstance(result, Iterable):
+        return result
+    if hasattr(result, "tolist"):  # NumPy's and torch's arrays: on the CPU at once
+        return result.tolist() if getattr(result, "ndim", 1) == 1 else result
+    return list(itertools.islice(result, n + 1))
+
+
+def numbers(values, n):
+    """n numbers as float64 (n,). ValueError: what they are instead, to follow "returned"."""
+    if not isinstance(values, list):
+        kind = f"{values.ndim}-dimensional " if hasattr(values, "ndim") else ""
+        raise ValueError(f"a {kind}{type(values).__name__}: {shown(values)}")
+    if len(values) != n:
+        raise ValueError(f"{'more' if len(values) > n else len(values)}: {shown(values)}")
+    made = torch.empty(n, dtype=torch.float64)
+    for i, value in enumerate(values):
+        try:
+            if isinstance(value, (str, bytes)):
+                raise ValueError
+            made[i] = float(value.item() if hasattr(value, "item") else value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise ValueError(f"{shown(value)} as number {i + 1}") from None
+        if not abs(made[i]) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{shown(value)} as number {i + 1}")
+    return made
+
+
+def shown(value):
+    """The beginning of a value's repr, without control characters."""
+    try:
+        return re.sub(r"[^ -~]", " ", repr(value)[:200])[:80]
+    except Exception:
+        return f"something that can't be printed ({type(value).__name__})"
 
 
 def split_texts(tokens, lengths, P, tokenizer):
@@ -56,16 +203,3 @@ def split_texts(tokens, lengths, P, tokenizer):
     P = P.tolist()
     return ([tokenizer.decode(row[:p]) for row, p in zip(rows, P, strict=True)],
             [tokenizer.decode(row[p:]) for row, p in zip(rows, P, strict=True)])
-
-
-def import_function(name):
-    """The function in "FILE.py:FUNCTION". This runs the code in that file."""
-    path, _, function = name.rpartition(":")
-    if not (Path(path).is_file() and path.endswith(".py")):
-        raise UserError(f"--reward {name}: expected FILE.py:FUNCTION, and there is no such .py file {path!r}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(vars(module).get(function)):
-        raise UserError(f"--reward {name}: {path} has no function {function!r}")
-    return vars(module)[function]

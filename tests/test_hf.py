@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -355,8 +356,186 @@ def test_bad_sources(tmp_path, monkeypatch, name, match):
 
 
 def test_the_tokenizer_must_fit(tiny, tmp_path):
-    refused(exported(tiny(**SMALL | {"vocab_size": 300}), tmp_path), tmp_path,
-            "300 tokens, the tokenizer bytes has 257")
+    tensors, config = padded(*raw(tiny, tmp_path)[:2], 300)
+    refused(folder_of(tensors, config, tmp_path), tmp_path,
+            "has 300 tokens, the tokenizer bytes has 257 .the other 43 can't be padding.; choose another")
+
+
+# ---- a padded vocabulary ----
+
+def padded(tensors, config, rows):
+    """As if the embedding had been padded to so many rows, with numbers that could be anything."""
+    extra = torch.full((rows - 257, 8), math.nan)
+    wte = torch.cat([tensors["wte.weight"], extra])
+    return tensors | {"wte.weight": wte}, config | {"vocab_size": rows}
+
+
+@pytest.mark.parametrize("rows, head, asked", [
+    (264, None, 264), (304, 304, 304), (304, 257, 257), (384, 384, 257)])
+def test_padding_of_the_vocabulary_is_dropped_and_printed(tiny, tmp_path, capsys, rows, head, asked):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    given, config = padded(tensors, config | {"pad_token_id": rows - 1}, rows)
+    if head:
+        given["lm_head.weight"] = given["wte.weight"][:head]
+    folder = folder_of(given, config | {"vocab_size": asked}, tmp_path, "pytorch_model.bin")
+    back, tokens = imported(folder, tmp_path), torch.randint(257, (2, 8))
+    assert torch.equal(back(tokens), gpt(tokens)) and back.lm_head.weight is back.trunk.wte.weight
+    assert (f"pytorch_model.bin has {rows} tokens, the tokenizer bytes has 257; the last {rows - 257} are "
+            "padding and are dropped\n") in capsys.readouterr().out
+
+
+def test_gpt2_padded_to_50304(tiny, tmp_path, gpt2):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    wte = torch.randn(50304, 8)
+    folder = folder_of(tensors | {"wte.weight": wte}, config | {"vocab_size": 50304, "bos_token_id": 50256,
+                                                                 "eos_token_id": 50256}, tmp_path)
+    back = imported(folder, tmp_path, "gpt2")
+    assert torch.equal(back.lm_head.weight, wte[:50257])
+
+
+@pytest.mark.parametrize("rows", [256, 258, 300, 400, 1024, 50304])
+def test_what_is_no_padding_is_another_tokenizers(tiny, tmp_path, rows):
+    """One token too few; one added token; no multiple of 8; much more than padding."""
+    tensors, config, _ = raw(tiny, tmp_path)
+    wte = torch.zeros(rows, 8)
+    folder = folder_of(tensors | {"wte.weight": wte}, config | {"vocab_size": rows}, tmp_path)
+    refused(folder, tmp_path, f"has {rows} tokens, the tokenizer bytes has 257.*; choose another with --tok")
+
+
+def test_a_special_token_among_the_padding_is_refused(tiny, tmp_path):
+    tensors, config = padded(*raw(tiny, tmp_path)[:2], 264)
+    refused(folder_of(tensors, config | {"eos_token_id": 260}, tmp_path), tmp_path,
+            "eos_token_id is 260, one of the tokens dropped as padding")
+
+
+def test_an_untied_head_under_padding(tiny, tmp_path):
+    tensors, config = padded(*raw(tiny, tmp_path)[:2], 264)
+    for head in (torch.zeros(264, 8), torch.zeros(250, 8)):
+        refused(folder_of(tensors | {"lm_head.weight": head}, config, tmp_path), tmp_path,
+                "lm_head.weight differs from wte.weight")
+        shutil.rmtree(tmp_path / "given")
+
+
+# ---- prefixes ----
+
+@pytest.mark.parametrize("prefix", [
+    "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.transformer.",
+    "_fsdp_wrapped_module.transformer."])
+def test_prefixes_of_wrapped_models(tiny, tmp_path, prefix):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "lm_head.weight": tensors["wte.weight"].clone()}
+    given = {prefix + name.replace("h.0.attn", "h.0._orig_mod.attn"): x for name, x in tensors.items()}
+    tokens = torch.randint(257, (2, 8))
+    assert torch.equal(imported(folder_of(given, config, tmp_path), tmp_path)(tokens), gpt(tokens))
+
+
+def test_a_tensor_with_and_without_a_wrapper(tiny, tmp_path):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder = folder_of(tensors | {"module.ln_f.bias": torch.zeros(8)}, config, tmp_path)
+    refused(folder, tmp_path, "'(module.)?ln_f.bias' is present with and without the prefix")
+
+
+# ---- shards ----
+
+def sharded(tensors, config, tmp_path, name="model.safetensors", n=3):
+    """(folder, index) as save_pretrained writes them with a small max_shard_size."""
+    folder, stem, end = tmp_path / "given", *os.path.splitext(name)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    index = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())}, "weight_map": {}}
+    for i in range(n):
+        file, some = f"{stem}-{i + 1:05}-of-{n:05}{end}", dict(list(tensors.items())[i::n])
+        torch.save(some, folder / file) if end == ".bin" else hf.write_safetensors(folder / file, some)
+        index["weight_map"] |= dict.fromkeys(some, file)
+    write_index(folder, index, name)
+    return folder, index
+
+
+def write_index(folder, index, name="model.safetensors"):
+    (folder / f"{name}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_are_one_model(tiny, tmp_path, name):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    folder, _ = sharded({"transformer." + name: x for name, x in tensors.items()}, config, tmp_path, name)
+    tokens = torch.randint(257, (2, 8))
+    for source in (folder, folder / f"{name}.index.json"):
+        assert torch.equal(imported(source, tmp_path)(tokens), gpt(tokens))
+
+
+def test_shards_of_transformers(tmp_path, transformers):
+    config = transformers.GPT2Config(vocab_size=257, n_positions=8, n_embd=8, n_layer=2, n_head=2,
+                                     bos_token_id=256, eos_token_id=256)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / "given", max_shard_size="5KB")
+    assert (tmp_path / "given/model.safetensors.index.json").exists()
+    tokens = torch.randint(257, (2, 8))
+    torch.testing.assert_close(imported(tmp_path / "given", tmp_path)(tokens), theirs(tokens).logits)
+
+
+def test_a_whole_file_comes_before_shards(tiny, tmp_path):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    folder, _ = sharded({name: torch.zeros_like(x) for name, x in tensors.items()}, config, tmp_path)
+    hf.write_safetensors(folder / "model.safetensors", tensors)
+    assert torch.equal(imported(folder, tmp_path).trunk.wte.weight, gpt.trunk.wte.weight)
+
+
+A, B = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"metadata": {"total_size": 12}}, "total_size is 12, but the shards hold [0-9]+ bytes of tensors"),
+    ({"weight_map": {}}, '"weight_map" must say which file each tensor is in'),
+    ({"weight_map": [A]}, '"weight_map" must say which file each tensor is in'),
+    ({"weight_map": None}, '"weight_map" must say which file each tensor is in'),
+    *(({"wte.weight": file}, "must be the name of a .safetensors file in the same folder") for file in (
+        f"../given/{A}", f"/etc/{A}", "..", "", f"x\\{A}", f"C:{A}", f"./{A}", "x\0.safetensors", "a.bin",
+        7, None, [A])),
+    ({"wte.weight": "gone.safetensors"}, "gone.safetensors is missing, 1 of 4 shards"),
+    ({"wte.weight": "x" * 5000 + ".safetensors"}, "is missing, 1 of 4 shards"),
+    ({"wte.weight": B}, f"{A}: 'wte.weight' is present, though model.safetensors.index.json lists"),
+    ({"wte.bias": A}, f"{A}: 'wte.bias' is missing, though model.safetensors.index.json lists it here")])
+def test_a_hostile_index_is_one_sentence(tiny, tmp_path, change, match):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder, index = sharded({"wte.weight": tensors.pop("wte.weight"), **tensors}, config, tmp_path)
+    assert index["weight_map"]["wte.weight"] == A
+    if not change.keys() <= index.keys():
+        change = {"weight_map": index["weight_map"] | change}
+    refused(write_index(folder, index | change), tmp_path, match)
+
+
+def test_a_tensor_in_two_shards_or_in_none_of_the_index(tiny, tmp_path):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder, index = sharded(tensors, config, tmp_path)
+    there = {name: tensors[name] for name, file in index["weight_map"].items() if file == B}
+    for name in ("added.weight", next(name for name, file in index["weight_map"].items() if file == A)):
+        hf.write_safetensors(folder / B, there | {name: torch.zeros(257, 8)})
+        refused(folder, tmp_path, f"{B}: '{name}' is present, though .* lists it elsewhere or not at all")
+
+
+def test_a_shard_that_is_damaged_gone_or_alone(tiny, tmp_path):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder, _ = sharded(tensors, config, tmp_path)
+    refused(folder / A, tmp_path, f"{A} is only a part of the weights; give the folder .*safetensors.index")
+    data = (folder / B).read_bytes()
+    (folder / B).write_bytes(data[:-4])
+    refused(folder, tmp_path, f"{B} is truncated or corrupt")
+    (folder / B).unlink()
+    refused(folder, tmp_path, f"{B} is missing, 1 of 3 shards in model.safetensors.index.json")
+    (folder / "model.safetensors.index.json").unlink()
+    refused(folder, tmp_path, f"neither model.safetensors nor pytorch_model.bin, and {A} without its .index")
+
+
+def test_an_index_that_is_no_json_or_huge(tiny, tmp_path, monkeypatch):
+    tensors, config, _ = raw(tiny, tmp_path)
+    folder, index = sharded(tensors, config, tmp_path)
+    monkeypatch.setattr(hf, "HEADER_MAX", 50)
+    refused(folder, tmp_path, "index.json is too large for an index")
+    monkeypatch.undo()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 100_000)
+    refused(folder, tmp_path, "index.json: not JSON")
 
 
 def test_the_command_line_says_one_sentence(tmp_path):

@@ -92,7 +92,7 @@ def timed(function, device):
     start = time.perf_counter()
     function()
     wait()
-    return time.perf_counter() - start
+    return max(1e-9, time.perf_counter() - start)
 
 
 def reset_peak(device):

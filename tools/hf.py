@@ -1,7 +1,8 @@
 """Import GPT-2's weights from Hugging Face and export checkpoints, both without `transformers`.
 
     python -m tools.hf import gpt2 out/gpt2.pt     # downloaded; or gpt2-medium, gpt2-large, gpt2-xl
-    python -m tools.hf import FOLDER out/sft.pt    # config.json + model.safetensors or pytorch_model.bin
+    python -m tools.hf import FOLDER out/sft.pt    # config.json + model.safetensors or pytorch_model.bin,
+                                                   # or either in shards with their .index.json
     python -m tools.hf export out/ppo.pt FOLDER    # for GPT2LMHeadModel.from_pretrained
     python -m tools.hf export out/rm.pt FOLDER     # for GPT2ForSequenceClassification.from_pretrained
 
@@ -12,21 +13,26 @@ import json
 import math
 import os
 import re
-import sys
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from data.download import download
-from data.files import UserError, atomic_folder, check_stored, json_object
+from data.files import UserError, atomic_folder, check_archive, json_object
 from data.tokenizer import get_tokenizer
 from lib import checkpoint
+from lib.common import one_sentence
+from lib.memory import exhausted
+from lib.output import make_harmless
 from model import GPT, GPTConfig, RewardModel
 
 KNOWN = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 URL = "https://huggingface.co/openai-community/{}/resolve/main/{}"
 FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"  # of shards
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch's
 LAYER = {"ln_1": "ln_1", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj",
          "ln_2": "ln_2", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.proj"}
 # what our network computes; tanh-GELU has an old and a new name
@@ -106,7 +112,7 @@ def read_pickle(path):
     zipped = start[:4] == b"PK\3\4"
     try:
         if zipped:
-            check_stored(path)
+            check_archive(path)
         elif start != OLD_PICKLE:
             raise ValueError
         tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
@@ -115,10 +121,61 @@ def read_pickle(path):
         # twice the size: a head may share the embedding's data; strides of 0 could claim any size
         if not plain or sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:
             raise ValueError
-    except Exception:  # a corrupt pickle can raise anything
+    except Exception as error:  # a corrupt pickle can raise anything
+        lack = ", or there is too little memory to read it" if exhausted(error) else ""
         raise UserError(f"{path} is corrupt, or holds more than tensors and their names (code in such a "
-                        "file is never executed)") from None
+                        f"file is never executed){lack}") from None
     return tensors
+
+
+def read_weights(path):
+    """{name: tensor} of a file of weights, or of all the files that an index names. UserError: corrupt."""
+    if path.name.endswith(INDEX):
+        return read_shards(path)
+    if found := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name):
+        raise UserError(f"{path} is only a part of the weights; give the folder that holds all of them and "
+                        f"{found[1]}{found[2]}{INDEX}")
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def read_shards(path):
+    """{name: tensor} of the shards that the index `path` names, which must lie beside it. UserError: an index
+    that does not say of every tensor, and of nothing else, where it is."""
+    names_in, announced = shard_names(path)
+    missing = [file for file in names_in if not os.path.isfile(path.with_name(file))]
+    if missing:
+        raise UserError(f"{path.parent / missing[0][:80]} is missing, {len(missing)} of {len(names_in)} "
+                        f"shards in {path.name}")
+    tensors = {}
+    for file, there in names_in.items():
+        shard = (read_safetensors if file.endswith(".safetensors") else read_pickle)(path.with_name(file))
+        for name in sorted(shard.keys() ^ there):
+            what = ("missing, though {} lists it here" if name in there else
+                    "present, though {} lists it elsewhere or not at all").format(path.name)
+            raise UserError(f"{path.with_name(file)}: {name[:80]!r} is {what}")
+        tensors |= shard
+    shared = {(x.data_ptr(), x.nbytes) for x in tensors.values()}  # a tied head may count once
+    found = [sum(x.nbytes for x in tensors.values()), sum(size for _, size in shared)]
+    if type(announced) in (int, float) and announced not in found:
+        raise UserError(f"{path}: total_size is {announced}, but the shards hold {found[0]} bytes of tensors")
+    return tensors
+
+
+def shard_names(path):
+    """{file: names of its tensors} and the total size, as an index has them. UserError: files elsewhere, or
+    no such map."""
+    if path.stat().st_size > HEADER_MAX:
+        raise UserError(f"{path} is too large for an index")
+    index, names_in = parse_json(path.read_bytes(), path), defaultdict(set)
+    files, ending = index.get("weight_map"), Path(path.name.removesuffix(INDEX)).suffix
+    if not isinstance(files, dict) or not files:
+        raise UserError(f'{path}: "weight_map" must say which file each tensor is in')
+    for name, file in files.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]+", file) or not file.endswith(ending):
+            raise UserError(f"{path}: {file!r:.80} must be the name of a {ending} file in the same folder")
+        names_in[file].add(name)
+    metadata = index.get("metadata")
+    return dict(sorted(names_in.items())), metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def write_safetensors(path, tensors):
@@ -165,18 +222,43 @@ def turned(name, tensor):
 
 
 def plain_names(tensors, source):
-    """Their tensors without prefix, causal masks and tied head. UserError: the head is not tied."""
+    """Their tensors without causal masks, and without prefixes: transformer's and those of torch.compile, DDP
+    and FSDP. UserError: a name twice."""
     plain = {}
     for name, tensor in tensors.items():
-        if not re.fullmatch(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)", name):
-            if name.removeprefix("transformer.") in plain:
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        short = short.removeprefix("transformer.")
+        if not re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", short):
+            if short in plain:
                 raise UserError(f"{source}: {name[:80]!r} is present with and without the prefix")
-            plain[name.removeprefix("transformer.")] = tensor
-    head, wte = plain.pop("lm_head.weight", None), plain.get("wte.weight")
-    if head is not None and wte is not None and not (head.dtype == wte.dtype and torch.equal(head, wte)):
+            plain[short] = tensor
+    return plain
+
+
+def fit_vocabulary(tensors, tokenizer, source):
+    """Their tensors with a row for each of the tokenizer's ids: rows that pad the vocabulary are dropped, and
+    printed. UserError: no embeddings, or another tokenizer's."""
+    rows, V = sizes(tensors, source)["vocab_size"], tokenizer.vocab_size
+    # GPT-2's 50257 become 50304, or up to 51200 in parts for several GPUs
+    padding = rows % 8 == 0 and 0 < rows - V < max(128, V // 32)
+    if rows != V and not padding:
+        raise UserError(f"{source} has {rows} tokens, the tokenizer {tokenizer.name} has {V}"
+                        + f" (the other {rows - V} can't be padding)" * (rows > V)
+                        + "; choose another with --tokenizer")
+    if padding:
+        print(f"{source} has {rows} tokens, the tokenizer {tokenizer.name} has {V}; the last {rows - V} are "
+              "padding and are dropped")
+    return {name: x[:V] if name in ("wte.weight", "lm_head.weight") and x.dim() == 2 else x
+            for name, x in tensors.items()}
+
+
+def without_head(tensors, source):
+    """Their tensors without the head. UserError: it is not tied."""
+    head, wte = tensors.get("lm_head.weight"), tensors["wte.weight"]
+    if head is not None and not (head.dtype == wte.dtype and torch.equal(head, wte)):
         raise UserError(f"{source}: lm_head.weight differs from wte.weight, but model.py ties the head to "
                         "the embedding; this model can't be imported")
-    return plain
+    return {name: x for name, x in tensors.items() if name != "lm_head.weight"}
 
 
 def sizes(tensors, source):
@@ -189,8 +271,9 @@ def sizes(tensors, source):
     return {"vocab_size": V, "n_positions": T, "n_embd": C, "n_layer": max(1, len(layers))}
 
 
-def configure(tensors, source):
-    """The GPTConfig, from config.json beside the file `source` or, without it, from the shapes.
+def configure(tensors, rows, source):
+    """The GPTConfig, from config.json beside the file `source` or, without it, from the shapes; `rows` tokens
+    were there before padding was dropped.
 
     UserError: the config is not that of a GPT-2, or its sizes differ from those of the tensors.
     """
@@ -198,7 +281,7 @@ def configure(tensors, source):
     C, path = found["n_embd"], source.with_name("config.json")
     if path.exists():
         asked = parse_json(path.read_bytes(), path)
-        check_config(asked, found, path)
+        check_config(asked, found, rows, path)
         n_head = asked["n_head"]
     else:
         n_head = C // 64
@@ -208,13 +291,16 @@ def configure(tensors, source):
     return GPTConfig(found["vocab_size"], found["n_positions"], found["n_layer"], n_head, C)
 
 
-def check_config(asked, found, path):
+def check_config(asked, found, rows, path):
     """UserError, naming every entry of config.json that does not fit model.py or the sizes `found`."""
+    V = found["vocab_size"]
     for key in (*found, "n_head"):
         if type(asked.get(key)) is not int or asked[key] < 1:
             raise UserError(f"{path}: {key} is {asked.get(key)!r:.40}; it must be a positive integer")
     wrong = [f"{key} is {asked[key]}, but the tensors have {n}"
-             for key, n in found.items() if asked[key] != n]
+             for key, n in found.items() if asked[key] != n and (key, asked[key]) != ("vocab_size", rows)]
+    wrong += [f"{key} is {asked[key]}, one of the tokens dropped as padding"
+              for key in ("bos_token_id", "eos_token_id") if asked.get(key) in range(V, rows)]
     allowed = SETTINGS | {"n_inner": [4 * found["n_embd"], None]}
     wrong += [f"{key} is {asked[key]!r:.40}, but only {fine[0]!r} is supported"
               for key, fine in allowed.items() if asked.get(key, fine[0]) not in fine]
@@ -255,13 +341,16 @@ def locate(source):
         return fetch(source)
     path = Path(source)
     if path.is_dir():
-        there = [path / name for name in FILES if (path / name).is_file()]
+        files = [path / (name + end) for name in FILES for end in ("", INDEX)]
+        there = [file for file in files if file.is_file()]
         if not there:
-            raise UserError(f"{source} contains neither {' nor '.join(FILES)}")
+            shards = sorted(x.name for x in path.glob("*-of-*") if x.suffix in (".safetensors", ".bin"))
+            lost = f", and {shards[0]} without its {INDEX}" if shards else ""
+            raise UserError(f"{source} contains neither {' nor '.join(FILES)}{lost}")
         return there[0]
     if not path.is_file():
         raise UserError(f"{source} is neither a file nor a folder, nor one of {', '.join(KNOWN)}")
-    if path.suffix not in (".safetensors", ".bin"):
+    if not path.name.endswith((".safetensors", ".bin", *(name + INDEX for name in FILES))):
         raise UserError(f"{source} is neither a .safetensors nor a .bin file")
     return path
 
@@ -285,12 +374,9 @@ def import_gpt2(source, out, spec="gpt2"):
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the name of the new checkpoint, such as out/gpt2.pt")
     path = locate(source)
-    tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    tensors = plain_names(tensors, path)
-    config = configure(tensors, path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"{path} has {config.vocab_size} tokens, the tokenizer {spec} has "
-                        f"{tokenizer.vocab_size}; choose another with --tokenizer")
+    theirs = plain_names(read_weights(path), path)
+    tensors = without_head(fit_vocabulary(theirs, tokenizer, path), path)
+    config = configure(tensors, len(theirs["wte.weight"]), path)
     gpt = build(tensors, config, path)
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out, gpt, tokenizer)
@@ -424,9 +510,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    make_harmless()
+    with one_sentence("hf.py", "A model needs twice the size of its files."):
         main()
-    except (UserError, OSError) as error:
-        sys.exit(f"hf.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
