@@ -40,13 +40,13 @@ def together(data, folders, wide=2):
 
 
 def main(data, folders):
-    rm = {folder.name: reports(folder / "rm.jsonl")[-1] for folder in folders}
+    rm = {folder.name: reports(folder / "rm.log.jsonl")[-1] for folder in folders}
     print_rows(["seed", "all pairs", "far apart", "longer wins", "calibration error"],
                [[seed, r["accuracy"], r["accuracy_wide"], r["longer_wins"], r["calibration_error"]]
                 for seed, r in rm.items()] + [["their mean score", *together(data, folders), "", ""]])
     columns = ["score", "judge", "kl", "length", "distinct_2", "eos"]
     for folder in folders:
-        some = {r["update"]: r for r in reports(folder / "half0/ppo.jsonl")}
+        some = {r["update"]: r for r in reports(folder / "half0/ppo.log.jsonl")}
         print_rows([f"seed {folder.name}, update", *columns],
                    [[update] + [some[update][name] for name in columns] for update in sorted(some)])
         last = some[max(some)]

@@ -38,7 +38,7 @@ FILES = {"ppo.py": "ppo checks pipeline resume", "train_rm.py": "rm checks pipel
          "lib/report.py": "rm ppo checks pipeline", "lib/rewards.py": "rm ppo pipeline",
          "lib/checks.py": "checks", "lib/common.py": "sft rm ppo checks pipeline records resume",
          "data/examples.py": "sft rm ppo pipeline records"}
-ONLY = {"lib/common.py": {"batches", "micro_batches", "count_steps", "shuffled", "cycle", "set_lr",
+ONLY = {"lib/common.py": {"batches", "micro_batches", "count_steps", "shuffled", "Cycle", "set_lr",
                           "clip_and_step", "finite"}}  # the rest is the command line and the log
 SKIP = {"Config", "GPTConfig", "report_pairs", "by_margin", "describe", "print_table", "print_sample",
         "warnings", "print"}

@@ -111,7 +111,7 @@ def test_a_run_remembers_every_file_it_reads(made, stage, files):
 
 
 def test_the_log_of_ppo(made):
-    log = lines(made / "out/ppo.jsonl")
+    log = lines(made / "out/ppo.log.jsonl")
     assert log[0]["config"]["updates"] == 3 and log[0]["config"]["kl_coef"] == ppo.Config.kl_coef
     updates = [line for line in log if "step" in line]
     assert [line["step"] for line in updates] == [1, 2, 3]
@@ -134,7 +134,7 @@ def test_the_results_of_sft_and_rm_are_those_on_held_out_data(made):
     gpt, rm = load(GPT, made / "out/sft.pt"), load(RewardModel, made / "out/rm.pt")
     rows = encode_demonstrations(read_sft(made / "data/sft_val.jsonl"), BYTES, 32, "")
     loss, count = train_sft.sft_loss(gpt, *train_sft.sft_batch(rows, CPU))
-    report = lines(made / "out/sft.jsonl")[-1]["report"]
+    report = lines(made / "out/sft.log.jsonl")[-1]["report"]
     assert report == {"val_loss": pytest.approx(loss.item() / count, rel=1e-4)}
     groups, pairs, right, longer = read_preferences(made / "data/preferences_val.jsonl"), 0, 0, 0
     for group in encode_rankings(groups, BYTES, 32, ""):
@@ -143,7 +143,7 @@ def test_the_results_of_sft_and_rm_are_those_on_held_out_data(made):
             for j in range(i + 1, len(n)):  # responses stand in order of preference
                 pairs, right = pairs + 1, right + (scores[i] > scores[j])
                 longer += (n[i] > n[j]) + 0.5 * (n[i] == n[j])
-    report = lines(made / "out/rm.jsonl")[-1]["report"]
+    report = lines(made / "out/rm.log.jsonl")[-1]["report"]
     assert {"pairs": pairs, "accuracy": pytest.approx(right / pairs), "ceiling": None,
             "longer_wins": pytest.approx(longer / pairs)}.items() <= report.items()
     # the SFT model hardly ever ends a text, so the best responses of the training data have mean 0 and sd 1
@@ -164,13 +164,13 @@ def test_B10_same_seed_same_run(made, run, tmp_path):
             assert steps(tmp_path / f"{stage}{end}.jsonl") == steps(made / f"out/{stage}.jsonl")
             a, b = load(kind, tmp_path / f"{stage}{end}.pt"), load(kind, made / f"out/{stage}.pt")
             assert same_weights(a, b)
-    assert steps(run(seed=2) / "ppo.jsonl") != steps(made / "out/ppo.jsonl")
+    assert steps(run(seed=2) / "ppo.log.jsonl") != steps(made / "out/ppo.log.jsonl")
 
 
 @pytest.mark.slow
 def test_the_size_of_micro_batches_changes_no_result(made, run):
-    small = steps(run(micro_batch=40) / "ppo.jsonl")
-    for a, b in zip(small, steps(made / "out/ppo.jsonl"), strict=True):
+    small = steps(run(micro_batch=40) / "ppo.log.jsonl")
+    for a, b in zip(small, steps(made / "out/ppo.log.jsonl"), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
 
 
@@ -196,9 +196,9 @@ def test_bf16_runs_all_stages_and_learns_the_same(made, tmp_path, spy):
     train(made / "data", tmp_path, bf16=True)
     assert [len(calls) for calls in prepared] == [1, 2, 4]  # the models of each stage
     assert all(cfg.bf16 for calls in prepared for (_, _, cfg), _ in calls)
-    a, b = (lines(folder / "sft.jsonl")[-1]["report"]["val_loss"] for folder in (tmp_path, made / "out"))
+    a, b = (lines(folder / "sft.log.jsonl")[-1]["report"]["val_loss"] for folder in (tmp_path, made / "out"))
     assert a != b and a == pytest.approx(b, rel=0.02)
-    assert steps(tmp_path / "ppo.jsonl")[0]["kl"] == 0
+    assert steps(tmp_path / "ppo.log.jsonl")[0]["kl"] == 0
     assert all(x.dtype == torch.float32 for x in load(GPT, tmp_path / "ppo.pt").parameters())
 
 
@@ -310,7 +310,7 @@ def test_learning_rates_and_log_of_sft_and_rm(made, tmp_path, monkeypatch, spy, 
     for s, rates in enumerate(seen, 1):
         fall = 0.1 + 0.9 * (1 + math.cos(math.pi * (s - 1) / S)) / 2
         assert [*rates] == [pytest.approx(1e-3 * min(1, s / 20) * fall)]
-    for line in steps(tmp_path / ("sft.jsonl" if script is train_sft else "rm.jsonl")):
+    for line in steps(tmp_path / ("sft.log.jsonl" if script is train_sft else "rm.log.jsonl")):
         s = line["step"]
         loss = losses[s - 1][1]
         loss = {"loss": loss} if script is train_sft else {"loss": loss[0], "accuracy": loss[1]}
@@ -361,7 +361,7 @@ def test_the_sampler_goes_on_and_evaluation_is_held_out_and_has_its_own_random_n
         assert torch.equal(inside[0][0], gen(0).get_state())
     (before, after, *_), _ = tables[0]
     assert before is results[0] and after is results[2]
-    reports = [line["report"] for line in lines(out / "ppo.jsonl") if "report" in line]
+    reports = [line["report"] for line in lines(out / "ppo.log.jsonl") if "report" in line]
     assert [report["update"] for report in reports] == [10, 0, 11]  # the order of the log
     for report, result in zip(reports, (results[1], results[0], results[2]), strict=True):
         assert means(result).items() <= report.items()
@@ -372,7 +372,7 @@ def test_the_sampler_goes_on_and_evaluation_is_held_out_and_has_its_own_random_n
 def test_the_kl_of_each_rollout_steers_the_coefficient_of_the_next(run, spy):
     made, adapted = spy(ppo, "advantages"), spy(ppo, "adapt_kl_coef")
     out = run(updates=4, kl_target=0.1, kl_horizon=40, lr=3e-3, critic_lr=1e-3, lam=0.9)
-    updates, made = steps(out / "ppo.jsonl"), made[1:]  # the first is the self-check's
+    updates, made = steps(out / "ppo.log.jsonl"), made[1:]  # the first is the self-check's
     assert len(made) == len(adapted) == len(updates) == 4
     coef = ppo.Config.kl_coef
     for ((batch, kl_coef, lam), _), ((old, kl, *rest), new), line in zip(made, adapted, updates, strict=True):
@@ -399,12 +399,12 @@ def test_ptx_goes_through_the_demonstrations_one_batch_a_step(made, run, spy):
 @pytest.mark.parametrize("settings", [{"kl_target": 1.0, "kl_horizon": 40}, {"ptx_coef": 0.5},
                                       {"temperature": 0.7}])
 def test_variants_run(run, made, settings):
-    updates = steps(run(**settings) / "ppo.jsonl")
+    updates = steps(run(**settings) / "ppo.log.jsonl")
     assert len(updates) == 3 and all(math.isfinite(x) for line in updates for x in line.values())
     if "kl_target" in settings:  # no KL yet, so the first step is the largest one down
         assert updates[0]["kl_coef"] == pytest.approx(ppo.Config.kl_coef * (1 - 0.2 * 8 / 40))
     else:
-        assert updates != steps(made / "out/ppo.jsonl")
+        assert updates != steps(made / "out/ppo.log.jsonl")
 
 
 @pytest.mark.slow
@@ -436,13 +436,13 @@ def test_init_starts_from_a_checkpoint_with_its_sizes_and_tokenizer(made, tmp_pa
 def test_a_judge_is_reported_on_and_changes_nothing(made, run):
     """The judge is the reward model itself, so it agrees with the score wherever a text ends by itself."""
     alone, judged = run("alone"), run("judged", judge=str(made / "out/rm.pt"))
-    assert steps(judged / "ppo.jsonl") == steps(alone / "ppo.jsonl")
+    assert steps(judged / "ppo.log.jsonl") == steps(alone / "ppo.log.jsonl")
     assert os.path.relpath(made / "out/rm.pt", judged) in files_read(judged / "ppo.finished.pt")
-    reports = [line["report"] for line in lines(judged / "ppo.jsonl") if "report" in line]
+    reports = [line["report"] for line in lines(judged / "ppo.log.jsonl") if "report" in line]
     assert all("judge" in report for report in reports)
-    assert "judge" not in lines(alone / "ppo.jsonl")[-1]["report"]
+    assert "judge" not in lines(alone / "ppo.log.jsonl")[-1]["report"]
     longer = run("longer", judge=str(made / "out/rm.pt"), no_eos_score=0.0, max_new_tokens=24)
-    report = lines(longer / "ppo.jsonl")[-1]["report"]
+    report = lines(longer / "ppo.log.jsonl")[-1]["report"]
     assert report["eos"] < 1 and report["score"] != report["judge"]  # the judge reads every text
 
 
@@ -459,7 +459,7 @@ def test_ppo_takes_a_reward_model_of_every_pool(made, tmp_path, pool):
     train_rm.main(train_rm.Config(**where, pool=pool, epochs=0.5, device="cpu"))
     assert load(RewardModel, tmp_path / "rm.pt").pool == pool
     ppo.main(ppo.Config(**where, **PPO | {"updates": 1, "max_new_tokens": 29}))  # prompts get 2 or 3 tokens
-    assert len(steps(tmp_path / "ppo.jsonl")) == 1
+    assert len(steps(tmp_path / "ppo.log.jsonl")) == 1
 
 
 @pytest.mark.slow
@@ -561,7 +561,7 @@ def test_prompts_longer_than_the_model_are_truncated_and_counted(made, run, tmp_
     jsonl(tmp_path / "data/prompts.jsonl", [{"prompt": "y" * 50}, {"prompt": "x:"}] * 8)
     out = run(data=str(tmp_path / "data"), epochs=1, minibatches=1)
     assert "prompts.jsonl: of 16 examples, 8 prompts truncated from the left" in capsys.readouterr().out
-    assert len(steps(out / "ppo.jsonl")) == 3
+    assert len(steps(out / "ppo.log.jsonl")) == 3
     with pytest.raises(UserError, match="no room"):
         run(max_new_tokens=32)
 

@@ -19,9 +19,9 @@ import ppo
 from data.examples import encode_prompts, pad, response_mask
 from data.files import UserError
 from lib.checkpoint import load, save
-from lib.common import cycle, micro_batches
+from lib.common import Cycle, micro_batches
 from lib.report import means, win_rate
-from lib.rewards import import_function, model_score, text_score
+from lib.rewards import TextScore, model_score
 from model import GPT, RewardModel
 from ppo import (
     Config,
@@ -876,7 +876,7 @@ def test_what_model_py_freezes_is_not_trained(monkeypatch, out):
 
 def test_text_reward_gets_prompts_and_responses_as_text():
     calls = []
-    score = text_score(lambda *texts: calls.append(texts) or [1, 2.5], "f.py:f", BYTES)
+    score = TextScore(lambda *texts: calls.append(texts) or [1, 2.5], "f.py:f", BYTES)
     tokens, lengths = pad([[*b"ab cd", 256], [*b"x y"]])
     scores = score(tokens, lengths, torch.tensor([2, 1]))
     assert calls == [(["ab", "x"], [" cd", " y"])]
@@ -886,7 +886,7 @@ def test_text_reward_gets_prompts_and_responses_as_text():
 @pytest.mark.parametrize("result", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [1.0, math.inf], [1.0, "2"],
                                     [None, 1.0]])
 def test_a_reward_function_that_returns_something_else_is_named(result):
-    score = text_score(lambda prompts, responses: result, "mine.py:f", BYTES)
+    score = TextScore(lambda prompts, responses: result, "mine.py:f", BYTES)
     with pytest.raises(UserError, match="mine.py:f must return 2 finite numbers"):
         score(*pad([[65, 66], [67, 68]]), torch.tensor([1, 1]))
 
@@ -894,20 +894,9 @@ def test_a_reward_function_that_returns_something_else_is_named(result):
 @pytest.mark.parametrize("result", [None, 3.0, [10**400, 1.0]])
 def test_a_reward_function_that_returns_no_list_is_named(result):
     test_a_reward_function_that_returns_something_else_is_named(result)
-    score = text_score(lambda prompts, responses: result, "mine.py:f", BYTES)
+    score = TextScore(lambda prompts, responses: result, "mine.py:f", BYTES)
     with pytest.raises(UserError, match="mine.py:f must return 1 finite numbers"):
         score(*pad([[65, 66]]), torch.tensor([1]))
-
-
-def test_import_function(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text("number = 3\ndef count(prompts, responses):\n    return [len(r) for r in responses]\n")
-    assert import_function(f"{file}:count")([], ["abc"]) == [3]
-    for name, why in ((f"{tmp_path}/no.py:count", "no such .py file"),
-                      (f"{file}:nothing", "no function 'nothing'"),
-                      (f"{file}:number", "no function 'number'"), (str(file), "expected FILE.py:FUNCTION")):
-        with pytest.raises(UserError, match=why):
-            import_function(name)
 
 
 def test_encode_prompts_cuts_from_the_left_and_counts(capsys):
@@ -921,7 +910,8 @@ def test_encode_prompts_cuts_from_the_left_and_counts(capsys):
 
 @pytest.mark.parametrize("size", [3, 10, 25])
 def test_P23_cycle_gives_a_fresh_permutation_each_epoch(size):
-    parts = list(itertools.islice(cycle(10, size, gen(0), []), 20))
+    rows = Cycle([f"row {i}" for i in range(10)], size, gen(0))
+    parts = [[int(row[4:]) for row in next(rows)] for _ in range(20)]
     assert all(len(part) == size for part in parts)
     seen = sum(parts, [])[: size * 20 // 10 * 10]
     epochs = [seen[i : i + 10] for i in range(0, len(seen), 10)]

@@ -47,8 +47,8 @@ def test_demonstrations(write):
                  {"messages": [turn("system", "be"), turn("human", "hi"), turn("assistant", "ok")]})
     assert read_sft(path) == [
         ("p", " c"), ("", "t"), ("", "漢字"),
-        ("Human: hi\n\nAssistant: yes?\n\nHuman: so\n\nAssistant:", " ok"),
-        ("System: be\n\nHuman: hi\n\nAssistant:", " ok")]
+        ("\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: so\n\nAssistant:", " ok"),
+        ("\n\nSystem: be\n\nHuman: hi\n\nAssistant:", " ok")]
 
 
 def test_preferences(write):
@@ -68,9 +68,9 @@ def test_chat_lists_in_the_columns(write):
     path = write({"prompt": [turn("user", "hi")], "chosen": [turn("assistant", "yes")],
                   "rejected": [turn("assistant", "no")]})
     prompt, responses, ranks = read_preferences(path)[0][:3]
-    assert prompt.startswith("Human: hi") and ranks == [0, 1]
+    assert prompt.startswith("\n\nHuman: hi") and ranks == [0, 1]
     assert "yes" in responses[0] and "no" in responses[1]
-    assert read_prompts(write({"prompt": [turn("user", "hi")]}))[0].startswith("Human: hi")
+    assert read_prompts(write({"prompt": [turn("user", "hi")]}))[0].startswith("\n\nHuman: hi")
 
 
 def test_chat_lists_read_like_messages(write):
@@ -127,7 +127,8 @@ def test_bom_crlf_and_blank_lines(write):
 
 # ---- bad lines ----
 
-OK = {"prompt": "p", "chosen": "a", "rejected": "b", "completion": "c"}
+OK = {read_sft: {"prompt": "p", "completion": "c"}, read_prompts: {"prompt": "p"},
+      read_preferences: {"prompt": "p", "chosen": "a", "rejected": "b"}}
 NO_JSON = [(b"{", "not JSON"), (b"hello", "not JSON"), (b'{"prompt": "a"} {}', "not JSON: Extra data"),
            (b'["prompt"]', "not a JSON object"), (b"null", "not a JSON object"),
            (b'{"prompt": "\xff"}', "not UTF-8 at byte 12"),
@@ -137,7 +138,7 @@ READERS = [read_sft, read_preferences, read_prompts]
 BAD = [(read, *case) for read in READERS for case in NO_JSON] + [
     (read_prompts, {"Prompt": "a"}, '"prompt" is missing'),
     (read_prompts, {"prompt": 3}, '"prompt" must be a string'),
-    (read_prompts, {"prompt": None}, '"prompt" must be a string'),
+    (read_prompts, {"prompt": None}, '"prompt" is missing or null'),
     (read_prompts, b'{"prompt": "a\\ud800"}', '"prompt" contains a lone surrogate'),
     (read_prompts, {"prompt": [turn("robot", "x")]}, '"role"'), (read_prompts, {"prompt": ["x"]}, '"role"'),
     (read_sft, {"prompt": "a"}, '"completion" is missing'),
@@ -215,7 +216,7 @@ BAD = [(read, *case) for read in READERS for case in NO_JSON] + [
 
 @pytest.mark.parametrize("read, line, says", BAD, ids=lambda x: getattr(x, "__name__", str(x)[:50]))
 def test_bad_line_is_named_or_skipped_and_counted(write, capsys, read, line, says):
-    path = write(OK, b"", line, OK, line)
+    path = write(OK[read], b"", line, OK[read], line)
     with pytest.raises(UserError) as error:
         read(path)
     assert str(error.value).startswith(f"{path}:3: ") and says in str(error.value)
@@ -241,7 +242,7 @@ def test_strange_lines_are_user_errors_too(write, read, line):
 
 
 def test_skip_bad_prints_nothing_when_no_line_is_bad(write, capsys):
-    assert len(read_prompts(write(OK, OK), skip_bad=True)) == 2
+    assert len(read_prompts(write(OK[read_prompts], OK[read_prompts]), skip_bad=True)) == 2
     assert capsys.readouterr().out == ""
 
 

@@ -334,7 +334,7 @@ def make_run(folder, train, val, **sizes):
 
 
 def last_report(folder):
-    return lines(folder / "rm.jsonl")[-1]["report"]
+    return lines(folder / "rm.log.jsonl")[-1]["report"]
 
 
 @pytest.mark.slow

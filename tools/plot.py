@@ -1,7 +1,7 @@
 """Plot gold and score against the square root of KL, from logs of ppo.py (Gao et al. 2022, figure 1).
 
     pip install -r requirements-dev.txt    # for matplotlib
-    python -m tools.plot runs/overoptimisation.png out/seeds/?/ppo.jsonl out/seeds/?-no-kl/ppo.jsonl
+    python -m tools.plot runs/overoptimisation.png out/seeds/?/ppo.log.jsonl out/seeds/?-no-kl/ppo.log.jsonl
 """
 import json
 import sys
