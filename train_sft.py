@@ -102,8 +102,6 @@ def make_optimizer(gpt, cfg):
 def start(cfg, train):
     """A new GPT and its tokenizer, or those of the checkpoint --init."""
     if not cfg.init:
-        if cfg.d_model % cfg.n_head:
-            raise UserError("--d-model must be a multiple of --n-head")
         tokenizer = get_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(
             (text for example in train for text in example), cfg.vocab_size)
         return GPT(GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model,

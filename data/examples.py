@@ -49,8 +49,9 @@ def encode_rankings(examples, tokenizer, room, name):
     """[(prompt, responses, ranks, gold)] -> [Ranking], rows of at most `room` tokens. UserError: none."""
     groups = []
     for i, prompt, responses in _encode([example[:2] for example in examples], tokenizer, room, name):
-        *texts, ranks, gold = examples[i]
-        groups.append(Ranking(prompt, [prompt + response for response in responses], ranks, texts, gold))
+        text, texts, ranks, gold = examples[i]
+        rows = [prompt + response for response in responses]
+        groups.append(Ranking(prompt, rows, ranks, (text, texts), gold))
     return groups
 
 

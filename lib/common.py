@@ -117,6 +117,8 @@ def check_pairs(cfg):
         f"--reward-scale {x['reward_scale']}: expected first or none":
             x["reward"] and x["reward_scale"] not in ("first", "none"),
         "--minibatches must not exceed --batch": x["minibatches"] > x["batch"],
+        "--d-model must be a multiple of --n-head":
+            x["n_head"] and not x["init"] and x["d_model"] % x["n_head"],
         "--lr times --weight-decay must stay below 1: each step takes that share off every matrix":
             x["lr"] * x["weight_decay"] >= 1,
         "--vocab-size is for the BPE that is trained here; remove it, or --tokenizer":

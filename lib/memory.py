@@ -1,6 +1,7 @@
 """Memory: what a run needs at least, counted before anything is allocated, and what this machine has.
 
-All counts are of float32 and leave out what is small or freed at once, so what they refuse can't work.
+All counts are of float32 and leave out what is small or freed at once, so what they refuse can't work; only
+`ulimit -v` gets a margin.
 """
 import functools
 import math
@@ -12,7 +13,7 @@ import torch
 from data.files import UserError
 
 FLOAT = 4  # bytes
-LIBRARIES = 2**28  # under ulimit -v: some, oneDNN among them, crash where an allocation of theirs fails
+LIBRARIES = 2**27  # under ulimit -v: some, oneDNN among them, crash where an allocation of theirs fails
 WORDS = ("bad_alloc", "Cannot allocate memory", "not enough memory")  # how C++ and the system say it
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # a container's
 
@@ -27,7 +28,7 @@ def machine_memory(kind):
         return math.inf, ""
     container = [(int(text), "this container has") for path in LIMITS if (text := _read(path)).isdigit()]
     return min((os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine has"),
-               (address_space(), "`ulimit -v` leaves"), *container)
+               (address_space(), "beside the libraries `ulimit -v` leaves"), *container)
 
 
 def address_space():

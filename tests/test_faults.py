@@ -22,7 +22,7 @@ import train_sft
 from data import files
 from data.examples import encode_demonstrations, encode_prompts, encode_rankings, prompt_room
 from data.files import UserError, atomic_file
-from lib import common, resume
+from lib import resume
 from lib.checkpoint import load, load_tokenizer, save
 from lib.common import Log, set_lr
 from lib.resume import Run
@@ -151,8 +151,8 @@ def test_H_everything_is_read_before_the_first_step(folder, monkeypatch, name):
         rm()
 
 
-@pytest.mark.parametrize("stage, evaluation", [(sft, (train_sft, "evaluate")), (rm, (train_rm, "report_pairs")),
-                                               (ppo_main, (ppo, "evaluate"))])
+@pytest.mark.parametrize("stage, evaluation", [
+    (sft, (train_sft, "evaluate")), (rm, (train_rm, "report_pairs")), (ppo_main, (ppo, "evaluate"))])
 def test_H_a_stop_in_the_last_evaluation_loses_nothing(folder, monkeypatch, stage, evaluation):
     if stage is ppo_main:
         rm()
@@ -198,8 +198,8 @@ import torch
 torch.set_num_threads(1)
 import train_sft
 from lib.common import cli
-sys.argv = ["train_sft.py", "--data", "data", "--tokenizer", "bytes", "--n-layer", "1", "--n-head", "2", "--d-model",
-            "16", "--block-size", "32", "--device", "cpu", *{flags!r}]
+sys.argv = ["train_sft.py", "--data", "data", "--tokenizer", "bytes", "--n-layer", "1", "--n-head", "2",
+            "--d-model", "16", "--block-size", "32", "--device", "cpu", *{flags!r}]
 cli(train_sft.main, train_sft.Config)
 """
 
@@ -214,8 +214,9 @@ def shell(command, *flags, env=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["RUN > /dev/full", "RUN >&-", "RUN 2>&-", "RUN <&- >&- 2>&-", "RUN | head -1",
-                                     "RUN 2>&1 | head -c 1", "PYTHONIOENCODING=ascii RUN"])
+@pytest.mark.parametrize("command", [
+    "RUN > /dev/full", "RUN >&-", "RUN 2>&-", "RUN <&- >&- 2>&-", "RUN | head -1", "RUN 2>&1 | head -c 1",
+    "PYTHONIOENCODING=ascii RUN"])
 def test_I_printing_never_decides_about_saving(folder, command):
     jsonl(Path("data/sft_val.jsonl"), [{"prompt": "é🙂:", "completion": "漢\x1b"}] * 2)
     result = shell(f"set -o pipefail; {command}", "--epochs", "4", "--out", "new", "--batch-tokens", "64")
@@ -289,7 +290,8 @@ def test_J_failing_starts_keep_the_log_of_an_unfinished_run(folder, monkeypatch)
 # ---- K, L: one run a folder, and no file that is read is written ----
 
 def test_K_a_second_run_says_who_holds_the_folder(folder):
-    code = (f"import sys, time; sys.path[:0] = [{str(ROOT)!r}]; from pathlib import Path; from lib.resume import lock; "
+    code = (f"import sys, time; sys.path[:0] = [{str(ROOT)!r}]; "
+            "from pathlib import Path; from lib.resume import lock; "
             "held = lock(Path('out')); print('held', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         other.stdout.readline()
@@ -313,8 +315,8 @@ def test_K_a_forked_child_does_not_hold_the_folder(folder):
         os._exit(0)
     held.close()
     try:
-        code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from pathlib import Path; from lib.resume import lock; "
-                "lock(Path('new'))")
+        code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]; "
+                "from pathlib import Path; from lib.resume import lock; lock(Path('new'))")
         subprocess.run([sys.executable, "-c", code], check=True)
     finally:
         os.kill(child, signal.SIGKILL)
@@ -371,7 +373,7 @@ def stopped(tmp_path_factory):
     os.chdir(where)
     make_data(Path("data"), n=16)
     patch = pytest.MonkeyPatch()
-    for name, stage, module in (("sft", sft, train_sft), ("rm", rm, train_rm), ("ppo", ppo_main, ppo)):
+    for name, stage in (("sft", sft), ("rm", rm), ("ppo", ppo_main)):
         with patch.context() as m:
             m.setattr(Run, "finish", lambda *args: exit(3))
             with pytest.raises(SystemExit):
@@ -425,7 +427,8 @@ def changes(state):
 def test_N_a_state_is_checked_before_anything_is_loaded(stopped, monkeypatch, name, stage):
     monkeypatch.chdir(stopped)
     path = Path(f"{name}_out/{name}.state.pt")
-    whole, flags = path.read_bytes(), {"epochs": 1 if name == "ppo" else 0.1, "out": f"{name}_out", "resume": True}
+    whole = path.read_bytes()
+    flags = {"epochs": 1 if name == "ppo" else 0.1, "out": f"{name}_out", "resume": True}
     for module in (train_sft, train_rm):
         monkeypatch.setattr(module, "shuffled", lambda **plan: pytest.fail("the run went on"))
     monkeypatch.setattr(ppo, "improve", lambda *args: pytest.fail("the run went on"))
@@ -506,7 +509,8 @@ def test_P_what_is_written_beside_follows_no_link_and_leaves_nothing(tmp_path):
 
 def test_P_the_folder_is_flushed_after_a_rename(tmp_path, monkeypatch):
     synced, shipped = [], os.fsync
-    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(os.path.realpath(f"/proc/self/fd/{fd}")) or shipped(fd))
+    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(
+        os.path.realpath(f"/proc/self/fd/{fd}")) or shipped(fd))
     with atomic_file(tmp_path / "x") as file:
         file.write(b"1")
     assert synced == [str(tmp_path / f"x.part{os.getpid()}"), str(tmp_path)]

@@ -260,7 +260,7 @@ def test_tokenizers(data, tmp_path, spec, monkeypatch):
 
 def test_a_bpe_from_a_file_travels_in_the_checkpoint(tiny, tmp_path):
     """So refusing file names costs nothing."""
-    save(tmp_path / "x.pt", tiny(), train_tokenizer(["low lower lowest"] * 3, 260))
+    save(tmp_path / "x.pt", tiny(vocab_size=260), train_tokenizer(["low lower lowest"] * 3, 260))
     assert load_tokenizer(tmp_path / "x.pt").vocab_size == 260
 
 

@@ -81,12 +81,12 @@ def spy(monkeypatch):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def test_every_stage_writes_its_files(made):
     assert names(made / "out") == sorted(f"{stage}{end}" for stage in ("sft", "rm", "ppo")
-                                         for end in (".pt", ".jsonl", ".finished.pt"))
+                                         for end in (".pt", ".log.jsonl", ".finished.pt"))
     for name, kind in (("sft", GPT), ("rm", RewardModel), ("ppo", GPT)):
         net = load(kind, made / "out" / f"{name}.pt")
         assert not net.training and load_tokenizer(made / "out" / f"{name}.pt").name == "bytes"
@@ -282,16 +282,16 @@ def test_P25_P24_learning_rates_and_adam(run, monkeypatch):
         assert set(map(id, optimizer.param_groups[0]["params"])) == set(map(id, model.parameters()))
         return shipped(model, optimizer, clip, update)
     monkeypatch.setattr(ppo, "clip_and_step", step)
-    run(updates=8, epochs=1, minibatches=1, max_new_tokens=2, lr=1e-4, critic_lr=2e-4, update_kl=1e9)
-    assert len(seen) == 16
+    run(updates=20, epochs=1, minibatches=1, max_new_tokens=2, lr=1e-4, critic_lr=2e-4, update_kl=1e9)
+    assert len(seen) == 40
     for i, groups in enumerate(seen):
         u, peak = i // 2, (1e-4, 2e-4)[i % 2]
-        assert [(pytest.approx(peak * min(1, (u + 1) / 5) * (1 - u / 8)), 1e-5, 0.0)] == groups
+        assert [(pytest.approx(peak * min(1, (u + 1) / 2) * (1 - u / 20)), 1e-5, 0.0)] == groups
 
 
 @pytest.mark.parametrize("script", [train_sft, train_rm], ids=["sft", "rm"])
 def test_learning_rates_and_log_of_sft_and_rm(made, tmp_path, monkeypatch, spy, script):
-    """Step s of S, counted from 1, has peak x min(1, s/20) x a cosine that starts at 1 in the first step."""
+    """Step s of S, counted from 1, has peak x min(1, s/(S/10)) x a cosine that is 1 at the first."""
     seen, norms, shipped = [], [], script.clip_and_step
     losses = spy(script, "sft_backward" if script is train_sft else "ranking_backward")
 
@@ -306,10 +306,10 @@ def test_learning_rates_and_log_of_sft_and_rm(made, tmp_path, monkeypatch, spy, 
     settings |= {**SIZES, "batch_tokens": 16} if script is train_sft else {**RM, "batch_tokens": 80}
     script.main(script.Config(**settings | {"epochs": 1}))
     S = len(seen)
-    assert S > 25  # past the warm-up
+    assert 25 < S < 200  # past the warm-up, which is a tenth of them
     for s, rates in enumerate(seen, 1):
         fall = 0.1 + 0.9 * (1 + math.cos(math.pi * (s - 1) / S)) / 2
-        assert [*rates] == [pytest.approx(1e-3 * min(1, s / 20) * fall)]
+        assert [*rates] == [pytest.approx(1e-3 * min(1, s / (S // 10)) * fall)]
     for line in steps(tmp_path / ("sft.log.jsonl" if script is train_sft else "rm.log.jsonl")):
         s = line["step"]
         loss = losses[s - 1][1]
@@ -601,7 +601,7 @@ def test_a_judge_that_reads_a_reward_token_has_room_for_it(made, run, tmp_path):
     ("train_sft.py", ["--block-size", "1"], "--block-size 1 must lie between 2 and"),
     ("train_rm.py", ["--dropout", "-0.1"], "--dropout -0.1 must lie between 0 and 0.99"),
     ("ppo.py", ["--minibatches", "0"], "--minibatches 0 must lie between 1 and"),
-    ("ppo.py", ["--temperature", "0"], "--temperature 0.0 must lie between 1e-09 and"),
+    ("ppo.py", ["--temperature", "0"], "--temperature 0.0 must lie between 0.01 and"),
     ("ppo.py", ["--seed", "9" * 30], "--seed 9+ must lie between 0 and"),
 ])
 def test_flags_that_make_no_sense_are_named_and_nothing_is_touched(tmp_path, monkeypatch, script, flags,

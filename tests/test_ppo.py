@@ -947,6 +947,7 @@ def test_evaluate_has_a_number_for_each_prompt():
                          "eos": float(ended), "length": n - p, "texts": texts})
     assert result.pop("texts") == [row["texts"] for row in rows]
     assert 0 < sum(row["eos"] for row in rows) < 130
+    assert result.pop("raw") == []  # a reward model's scores have no other units
     for name, numbers in result.items():
         assert numbers == pytest.approx([row[name] for row in rows], abs=1e-4), name
     again = ppo.evaluate(models._replace(judge=None), prompts, None, cfg, CPU)

@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_refused_and_what_changes_nothing_is_not(stopped, s
     code, text, _ = start(stopped, "ppo", "--resume", "--out", "moved", "--save-every", "5", "--show", "1")
     assert code == 0 and "resuming after step" in text, text
     (stopped / "out").mkdir(exist_ok=True)
-    for name in ("ppo.pt", "ppo.jsonl"):
+    for name in ("ppo.pt", "ppo.log.jsonl"):
         assert (stopped / "moved" / name).read_bytes() == (whole[0] / "out" / name).read_bytes()
 
 

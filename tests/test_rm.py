@@ -208,7 +208,8 @@ def test_encode_cuts_the_prompt_alike_for_all_responses_and_counts(capsys):
     assert first.prompt == [*b"56789"]  # room 10 = 5 of the prompt, 4 of the longest response, eos
     assert first.rows == [[*b"56789ab", BYTES.eos], [*b"56789cdef", BYTES.eos]]
     assert first.ranks == [0, 1] and first.gold is None and first.texts == ("0123456789", ["ab", "cdef"])
-    assert empty.prompt == [] and empty.rows == [[*b"p", BYTES.eos], [*b"q", BYTES.eos], [*b"r", BYTES.eos]]
+    eos = BYTES.eos  # as PPO's and sample.py's empty prompt
+    assert empty.prompt == [eos] and empty.rows == [[eos, *b"p", eos], [eos, *b"q", eos], [eos, *b"r", eos]]
     assert empty.ranks == [1, 0, 0] and empty.gold == [1, 2, 2] and empty.texts == ("", ["p", "q", "r"])
     said = capsys.readouterr().out
     assert "some.jsonl: of 3 examples, 1 prompts truncated from the left and 1 dropped" in said
@@ -412,13 +413,13 @@ def test_sample_texts_goes_on_from_every_prompt_once():
     """In batches, in their order; a text that does not end, or has nothing new, is left out."""
     gpt, g = ending_gpt(), gen(1)
     prompts = [[i % 256, i // 256, 7][: 2 + (i % 3 == 0)] for i in range(300)]
-    got = train_rm.sample_texts(gpt, prompts, 256, 12, gen(1), "cpu")
+    got = train_rm.sample_texts(gpt, prompts, 256, 9, gen(1), "cpu")
     expected = []
     for part in (prompts[:128], prompts[128:256], prompts[256:]):
-        tokens, lengths = generate(gpt, *pad(part), 12 - 3, eos=256, generator=g)
+        tokens, lengths = generate(gpt, *pad(part), 9, eos=256, generator=g)
         expected += [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True) if row[n - 1] == 256]
     assert got == expected and 100 < len(got) < 300
-    assert train_rm.sample_texts(gpt, [[1, 256], [5, 6, 7]], 256, 3, g, "cpu") == []
+    assert train_rm.sample_texts(gpt, [[1, 256], [5, 6, 7]], 256, 0, g, "cpu") == []
 
 
 @pytest.mark.parametrize("pool", ["last", "token"])
@@ -430,10 +431,10 @@ def test_R19_samples_of_the_sft_model_are_standard(monkeypatch, tmp_path, pool):
     seen, room = [], 16 - (pool == "token")
     monkeypatch.setattr(train_rm, "score_rows", lambda rm, rows, *rest: seen.extend(rows)
                         or score_rows(rm, rows, *rest))
-    groups = encode([("x" * (9 + i % 5), ["a", "b"], [0, 1], None) for i in range(600)], 16)
-    train_rm.normalise(rm, gpt, groups, tmp_path, BYTES, Config(), "cpu")
-    prompts = [group.prompt for group in groups[:512]]
-    assert seen == train_rm.sample_texts(gpt, prompts, 256, room, gen(Config.seed), "cpu")
+    groups = encode([("x" * (1 + i % 5), ["a", "b"], [0, 1], None) for i in range(600)], 16)
+    prompts, new = [group.prompt for group in groups[:512]], room - 5
+    train_rm.normalise(rm, gpt, groups, prompts, new, BYTES, Config(), "cpu")
+    assert seen == train_rm.sample_texts(gpt, prompts, 256, new, gen(Config.seed), "cpu")
     assert 64 <= len(seen) < 512 and all(row[-1] == 256 and row[0] == ord("x") for row in seen)
     assert len({len(row) for row in seen}) > 3 and max(map(len, seen)) == room
     scores = score_rows(rm, seen, 256, "cpu")

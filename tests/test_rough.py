@@ -163,7 +163,7 @@ def test_the_limits_of_a_container_and_of_ulimit_count(tmp_path, monkeypatch):
     (tmp_path / "other").write_text("max\n")
     for files, limit, expected in (
             (["memory.max", "other"], math.inf, (123456, "this container has")),
-            (["other", "none"], 99, (99, "`ulimit -v` leaves"))):
+            (["other", "none"], 99, (99, "beside the libraries `ulimit -v` leaves"))):
         monkeypatch.setattr(memory, "LIMITS", [tmp_path / name for name in files])
         monkeypatch.setattr(memory, "address_space", lambda limit=limit: limit)
         memory.machine_memory.cache_clear()
@@ -225,7 +225,7 @@ cli(module.main, module.Config)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs ulimit -v")
 @pytest.mark.parametrize("reserve, more, says", [
-    (2**28, 60, "a network of .* would take .* and `ulimit -v` leaves 0 MB; lower"),
+    (2**27, 60, "a network of .* would take .* and beside the libraries `ulimit -v` leaves 0 MB; lower"),
     (-2**31, 20, "out of memory.* Try a smaller --micro-batch"),
     (-2**31, 60, "out of memory.* Try a smaller --micro-batch")])
 def test_too_little_memory_is_one_sentence(folder, reserve, more, says):
