@@ -102,10 +102,9 @@ class Run:
         self.parts = parts | {f"rng{i}": generator for i, generator in enumerate(generators)}
         if saved:
             self._restore(saved, steps)
-        else:
-            if self.path.exists():  # else the log of an unfinished run is worth nothing
-                keep_previous(self.running_log)
-                keep_previous(self.path)
+        elif self.path.exists():  # else the log of an unfinished run is worth nothing
+            keep_previous(self.running_log)
+            keep_previous(self.path)
         self.log = Log(self.running_log, self.cfg, steps, saved)
         self.step = saved["step"] if saved else 0
         self.handlers = {n: signal.signal(n, self._stop) for n in stop_signals()}
@@ -135,8 +134,13 @@ class Run:
     def after(self, step):
         """Call after every step: saves when due and at the last one, exits if a signal asked for it."""
         stop, every, steps = self.caught, self.cfg.save_every, self.log.steps  # once: a signal may come
-        if stop or step == steps or every and step % every == 0:
-            self.save_state(step)
+        try:
+            if stop or step == steps or every and step % every == 0:
+                self.save_state(step)
+        except UserError as error:
+            if stop or step < steps:
+                raise
+            print(f"warning: {error}; the run goes on to its result, which takes less")
         if stop:
             print(f"stopped after step {step} of {steps}; rerun with --resume to continue")
             sys.exit(128 + stop)

@@ -182,7 +182,7 @@ def same(a, b):
 
 
 def assert_same(folder, whole, stage):
-    for name in (f"{stage}.pt", f"{stage}.jsonl"):
+    for name in (f"{stage}.pt", f"{stage}.log.jsonl"):
         assert (folder / "out" / name).read_bytes() == (whole / "out" / name).read_bytes(), name
     a, b = (torch.load(x / "out" / f"{stage}.last.pt", weights_only=True) for x in (folder, whole))
     assert a.keys() == b.keys()
@@ -242,9 +242,9 @@ def test_stopped_by_hand(stage, number, code, start, whole, fresh):
     got, text, _ = start(folder, stage, "--save-every", "0", "--resume")
     assert got == 0, text
     # the log's first line holds save_every
-    wanted, log = ((x / "out" / f"{stage}.jsonl").read_text() for x in (whole[0], folder))
+    wanted, log = ((x / "out" / f"{stage}.log.jsonl").read_text() for x in (whole[0], folder))
     assert log.splitlines()[1:] == wanted.splitlines()[1:]
-    (folder / "out" / f"{stage}.jsonl").write_text(wanted)
+    (folder / "out" / f"{stage}.log.jsonl").write_text(wanted)
     assert_same(folder, whole[0], stage)
 
 
@@ -277,8 +277,8 @@ def stopped(start, whole, fresh):
 
 def test_what_does_not_fit_is_refused_and_what_changes_nothing_is_not(stopped, start, whole):
     out = stopped / "out"
-    code, text, _ = start(stopped, "ppo", "--resume", "--lr", "0.5", "--kl-target", "0")
-    assert code == 1 and "different settings: --lr was 0.003, --kl-target was 0.5" in text
+    code, text, _ = start(stopped, "ppo", "--resume", "--lr", "0.5", "--ptx-coef", "0.1")
+    assert code == 1 and "different settings: --lr was 0.003, --ptx-coef was 0.5" in text
     was = torch.load(out / "ppo.state.pt", weights_only=True)
     elsewhere = was | {"start": was["start"] | {"--device": "cuda on a machine with 2 GPUs"}}
     torch.save(elsewhere, out / "ppo.state.pt")
@@ -292,11 +292,12 @@ def test_what_does_not_fit_is_refused_and_what_changes_nothing_is_not(stopped, s
         assert code == 1 and "different settings" in text
         assert f"{Path(name).name} was a file with CRC" in text
         (stopped / name).write_bytes(content)
-    log = (out / "ppo.jsonl").read_bytes()
-    (out / "ppo.jsonl").write_bytes(log[:100])
-    code, text, _ = start(stopped, "ppo", "--resume")
-    assert code == 1 and "out/ppo.jsonl is missing, or is not the log of that run" in text
-    (out / "ppo.jsonl").write_bytes(log)
+    log = (out / "ppo.state.jsonl").read_bytes()
+    for wrong in (log[:100], log[:-3] + b"xyz"):
+        (out / "ppo.state.jsonl").write_bytes(wrong)
+        code, text, _ = start(stopped, "ppo", "--resume")
+        assert code == 1 and "out/ppo.state.jsonl is missing, or is not the log of that run" in text
+    (out / "ppo.state.jsonl").write_bytes(log)
     state = (out / "ppo.state.pt").read_bytes()
     for content in (b"", b"nothing", state[: len(state) // 2], (out / "sft.pt").read_bytes()):
         (out / "ppo.state.pt").write_bytes(content)
@@ -318,13 +319,13 @@ def test_nothing_to_resume_started_anew_and_finished(stopped, start, whole, fres
     assert text == "ppo.py: --resume: there is no out/ppo.state.pt to resume from; drop --resume\n"
     out, unfinished = stopped / "out", (stopped / "out/ppo.state.pt").read_bytes()
     code, text, _ = start(stopped, "ppo")  # anew, over one that was stopped
-    assert code == 0 and "moved to out/ppo.state.prev.pt" in text and "moved to out/ppo.prev.jsonl" in text
+    assert code == 0 and "moved to out/ppo.state.prev.pt" in text and "moved to out/ppo.state.prev.jsonl" in text
     assert (out / "ppo.state.prev.pt").read_bytes() == unfinished
     assert_same(stopped, whole[0], "ppo")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
     code, text, _ = start(stopped, "ppo", "--resume")
     assert code == 0 and "this run has finished; drop --resume to start a new one" in text
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"} == before
     assert "--updates was 12" in start(stopped, "ppo", "--resume", "--updates", "20")[1]
 
 
