@@ -160,10 +160,9 @@ class GPT(nn.Module):
                  eos=None, generator=None):
         """Continue each row after its own length: tokens (B,P), lengths (B,) -> (tokens, lengths).
 
-        The version to be read: it reads the whole text again for every token. lib.generate.generate takes
-        the same arguments, draws the same tokens from the same random numbers, and is the fast one.
-        The new lengths count prompt and response, `eos` included; beyond them the tokens are 0.
-        A row stops at its first new `eos` (None: never). ValueError: P + max_new_tokens > block_size.
+        To be read, not run: it reads the whole text again for every token. lib.generate.generate draws the
+        same tokens from the same random numbers, fast. The new lengths count `eos`, at whose first new one a
+        row stops (None: never); beyond them tokens are 0. ValueError: P + max_new_tokens > block_size.
         """
         B, P = tokens.shape
         if P + max_new_tokens > self.config.block_size:

@@ -37,7 +37,7 @@ from lib.checks import check_first_update
 from lib.common import Cycle, Shared, cli, clip_and_step, finite, micro_batches, pick_device
 from lib.fast import prepare
 from lib.generate import generate
-from lib.report import describe, gain_from_ends, means, measure, print_table, warnings, win_rates
+from lib.report import Warnings, describe, gain_from_ends, means, measure, print_table, win_rates
 from lib.resume import Run
 from lib.rewards import Scale, TextScore, in_units, load_reward_model, model_score, scale_of, units
 from lib.user_code import import_function
@@ -360,11 +360,10 @@ def main(cfg):
     print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out: {describe(means(before))}")
     print(units(models.score), end="")
 
-    # first: the numbers of the first update; useless: updates in a row with explained variance below 0
-    now, warned, doubts = {"kl_coef": cfg.kl_coef, "first": None, "useless": 0}, set(), []
+    now, warn = {"kl_coef": cfg.kl_coef}, Warnings()
     done = run.begin(cfg.updates, policy=policy, critic=critic, policy_optimizer=optimizers[0],
                      critic_optimizer=optimizers[1], order=order, generator=generator,
-                     prompts=some, demonstrations=some_ptx, now=now,
+                     prompts=some, demonstrations=some_ptx, now=now, warn=warn,
                      **({"reward": models.score} if cfg.reward else {}))
     warmup = max(1, min(5, cfg.updates // 10))
     for update in range(done + 1, cfg.updates + 1):
@@ -372,7 +371,7 @@ def main(cfg):
             seen = evaluate(models, val, world, cfg, device)
             run.log.report(update=update - 1, **means(seen))
             print(f"      held out: {describe(means(seen))}")
-            doubts = gain_from_ends(before, seen)
+            warn.say(gain_from_ends(before, seen))
         start = time.monotonic()
         factor = min(1, update / warmup) * (1 - (update - 1) / cfg.updates)
         for optimizer, lr in zip(optimizers, (cfg.lr, cfg.critic_lr), strict=True):
@@ -386,12 +385,8 @@ def main(cfg):
             now["kl_coef"] = adapt_kl_coef(now["kl_coef"], stats["kl"], cfg.kl_target, cfg.batch,
                                            cfg.kl_horizon)
             stats["kl_coef"] = now["kl_coef"]
-        now["first"] = now["first"] or stats
         run.log(update, **stats, tok_s=round(int(batch["mask"].sum()) / max(1e-3, time.monotonic() - start)))
-        now["useless"] = now["useless"] + 1 if stats["explained"] < 0 else 0
-        for sentence in {*warnings(stats, now["first"], now["useless"]), *doubts} - warned:  # each once
-            print(f"warning: {sentence}")
-            warned.add(sentence)
+        warn.look(stats)
         run.after(update)
 
     after = evaluate(models, val, world, cfg, device)

@@ -23,7 +23,7 @@ from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_scores
 from lib.common import Shared, batches, cli, clip_and_step, count_steps, finite, pick_device, set_lr, shuffled
 from lib.fast import prepare
-from lib.generate import generate
+from lib.generate import sample_texts
 from lib.memory import check_training
 from lib.report import accuracy, report_pairs
 from lib.resume import Run
@@ -95,27 +95,6 @@ def ranking_backward(rm, groups, micro_batch, device, step):
     return loss, right
 
 
-def sample_texts(gpt, prompts, eos, max_new_tokens, generator, device):
-    """One response of the SFT model to each prompt (token lists): -> prompts with responses; those
-    that do not end are dropped."""
-    rows = []
-    for start in range(0, len(prompts), 64):
-        some = prompts[start : start + 64]
-        tokens, lengths = pad(some, device)
-        tokens, lengths = generate(gpt, tokens, lengths, max_new_tokens, eos=eos, generator=generator)
-        texts = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
-        rows += [text for text, prompt in zip(texts, some, strict=True)
-                 if text[-1] == eos and len(text) > len(prompt)]
-    return rows
-
-
-def prompts_to_normalise_on(folder, train, skip_bad):
-    """Up to 512 prompts: PPO's, if there are any, else those of the preferences."""
-    if (folder / "prompts.jsonl").exists():
-        return read_prompts(folder / "prompts.jsonl", skip_bad)[:512]
-    return [prompt for prompt, *_ in train[:512]]
-
-
 def normalise(rm, gpt, groups, prompts, max_new_tokens, tokenizer, cfg, device):
     """Give the SFT model's samples on PPO's prompts mean 0 and sd 1 (Ziegler et al. 2019); if it hardly
     ever ends a text, the best responses of the training data instead."""
@@ -155,8 +134,9 @@ def main(cfg):
     if cfg.wide_gap and not any(group.gold for group in val_groups):
         raise UserError('--wide-gap: no ranking in preferences_val.jsonl has "gold"')
     new = min(cfg.max_new_tokens, rm.room * 4 // 5)  # the default fits a small model, too
-    prompts = encode_prompts(prompts_to_normalise_on(folder, train, cfg.skip_bad), tokenizer,
-                             prompt_room(rm.room, new), "prompts.jsonl")
+    file = folder / "prompts.jsonl"
+    texts = read_prompts(file, cfg.skip_bad) if file.exists() else [prompt for prompt, *_ in train]
+    prompts = encode_prompts(texts[:512], tokenizer, prompt_room(rm.room, new), "prompts.jsonl")
 
     optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.examples import pad
 from lib.fast import packed, static_steps
 from lib.memory import check_generation
 from model import sample
@@ -118,6 +119,20 @@ def generate(gpt, tokens, lengths, max_new_tokens, temperature=1.0, top_k=None, 
     uniform = torch.rand(B, max_new_tokens, generator=generator, device=tokens.device)
     with packed(gpt):
         return _generate(gpt, tokens, lengths, uniform, eos, temperature, top_k, top_p)
+
+
+def sample_texts(gpt, prompts, eos, max_new_tokens, generator, device):
+    """One response to each prompt (token lists): -> prompts with responses; those that do not end are
+    dropped."""
+    rows = []
+    for start in range(0, len(prompts), 64):
+        some = prompts[start : start + 64]
+        tokens, lengths = pad(some, device)
+        tokens, lengths = generate(gpt, tokens, lengths, max_new_tokens, eos=eos, generator=generator)
+        texts = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+        rows += [text for text, prompt in zip(texts, some, strict=True)
+                 if text[-1] == eos and len(text) > len(prompt)]
+    return rows
 
 
 def _generate(gpt, tokens, lengths, uniform, eos, *how):

@@ -8,6 +8,7 @@ import torch
 from data.examples import pad
 from lib.generate import generate
 from lib.rewards import score_rows, split_texts
+from lib.state import check_plain
 
 
 def print_sample(gpt, tokenizer, prompt):
@@ -150,6 +151,36 @@ def print_table(before, after, world, show):
             gold = f", gold {result['gold'][i]:.2f}" if world else ""
             print(f"  {name} (score {result['score'][i]:+.2f}{gold}):{result['texts'][i][1]}")
     print()
+
+
+class Warnings:
+    """Prints each warning of a run once. A part of the run: `first`, the numbers of the first update, and
+    `useless`, how many updates in a row had an explained variance below 0."""
+
+    def __init__(self):
+        self.first, self.useless, self.said = None, 0, set()
+
+    def look(self, stats):
+        """To be called with the numbers of each update."""
+        self.first = self.first or stats
+        self.useless = self.useless + 1 if stats["explained"] < 0 else 0
+        self.say(warnings(stats, self.first, self.useless))
+
+    def say(self, sentences):
+        for sentence in sentences:
+            if sentence not in self.said:
+                print(f"warning: {sentence}")
+        self.said |= set(sentences)
+
+    def state_dict(self):
+        return {"first": self.first, "useless": self.useless}
+
+    def check_state(self, state):
+        """ValueError: not what state_dict can be."""
+        check_plain(self.state_dict(), state, "the warnings")
+
+    def load_state_dict(self, state):
+        self.first, self.useless = state["first"], state["useless"]
 
 
 def warnings(stats, first, useless=0):

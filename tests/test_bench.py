@@ -46,6 +46,7 @@ def leaves(x):
     return [leaf for value in x.values() for leaf in leaves(value)] if isinstance(x, dict) else [x]
 
 
+@pytest.mark.slow
 def test_it_finishes(tiny_world, tmp_path, capsys):
     bench.main(Config(shape="tiny", repeats=1, device="cpu", json=str(tmp_path / "b.json")))
     result = json.loads((tmp_path / "b.json").read_text())

@@ -289,6 +289,7 @@ def test_J_failing_starts_keep_the_log_of_an_unfinished_run(folder, monkeypatch)
 
 # ---- K, L: one run a folder, and no file that is read is written ----
 
+@pytest.mark.slow
 def test_K_a_second_run_says_who_holds_the_folder(folder):
     code = (f"import sys, time; sys.path[:0] = [{str(ROOT)!r}]; "
             "from pathlib import Path; from lib.resume import lock; "
@@ -307,6 +308,7 @@ def test_K_a_second_run_says_who_holds_the_folder(folder):
     sft(epochs=0.1)  # released by the kernel
 
 
+@pytest.mark.slow
 def test_K_a_forked_child_does_not_hold_the_folder(folder):
     held = resume.lock(Path("new"))
     child = os.fork()
@@ -423,6 +425,7 @@ def changes(state):
             yield put(["parts", "now", "kl_coef"], x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, stage", [("sft", sft), ("rm", rm), ("ppo", ppo_main)])
 def test_N_a_state_is_checked_before_anything_is_loaded(stopped, monkeypatch, name, stage):
     monkeypatch.chdir(stopped)

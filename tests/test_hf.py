@@ -538,6 +538,7 @@ def test_an_index_that_is_no_json_or_huge(tiny, tmp_path, monkeypatch):
     refused(folder, tmp_path, "index.json: not JSON")
 
 
+@pytest.mark.slow
 def test_the_command_line_says_one_sentence(tmp_path):
     (tmp_path / "x.bin").write_bytes(pickle.dumps(Code()))
     command = [sys.executable, "-m", "tools.hf", "import", "x.bin", "x.pt", "--tokenizer", "bytes"]

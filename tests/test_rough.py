@@ -223,6 +223,7 @@ cli(module.main, module.Config)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs ulimit -v")
 @pytest.mark.parametrize("reserve, more, says", [
     (2**27, 60, "a network of .* would take .* and beside the libraries `ulimit -v` leaves 0 MB; lower"),
