@@ -9,7 +9,7 @@ COLUMNS = ("RM accuracy", "ceiling", "longer wins", "gold SFT", "gold PPO", "of 
 
 
 def row(folder):
-    """The numbers of one run, from its ppo.jsonl and rm.jsonl; that of "1-no-kl" may be in "1"."""
+    """The numbers of one run, from its ppo.log.jsonl and rm.log.jsonl; that of "1-no-kl" may be in "1"."""
     source = folder if (folder / "rm.log.jsonl").exists() else folder.with_name(folder.name.split("-")[0])
     rm = json.loads((source / "rm.log.jsonl").read_text().splitlines()[-1])["report"]
     lines = [json.loads(line) for line in (folder / "ppo.log.jsonl").read_text().splitlines()]

@@ -69,6 +69,7 @@ def test_prompts_are_as_ragged_as_the_peers():
     assert all(len(row) == P + 5 for row, P in random_rows(TINY))
 
 
+@pytest.mark.slow
 def test_padding_is_not_counted():
     assert sft_job(TINY, CPU)["SFT step"].tokens == 4 * 5
     assert rm_job(TINY, CPU)["reward-model step"].tokens == 6 + 5 + 4 + 6 + 4 * 5
@@ -135,6 +136,7 @@ def test_texts_end_at_lengths_that_vary():
 
 # ---- the plan ----
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, expected", [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
                                             ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
 def test_plan_knows_the_published_sizes(name, expected):

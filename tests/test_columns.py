@@ -285,6 +285,7 @@ def test_the_tokenizer_refuses_blanks_before_it_trains(tmp_path, capsys, monkeyp
 
 # ---- long training says how far it is ----
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [False, True])
 def test_training_on_a_long_word_says_how_far_it_is(capsys, monkeypatch, terminal):
     """One word of 80 kB, by a clock that runs on by 11 s whenever it is looked at."""
@@ -360,6 +361,7 @@ def test_a_tokenizers_name_is_printed_safely(tmp_path, capsys):
     assert get_tokenizer(out).name == printable(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module, name", [("hh", "x.jsonl"), ("tldr", "train.jsonl"), ("reviews", "x")])
 def test_the_data_sets_print_names_safely(tmp_path, module, name):
     folder = tmp_path / ("in" + ESCAPE)

@@ -151,6 +151,7 @@ def test_H_everything_is_read_before_the_first_step(folder, monkeypatch, name):
         rm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, evaluation", [
     (sft, (train_sft, "evaluate")), (rm, (train_rm, "report_pairs")), (ppo_main, (ppo, "evaluate"))])
 def test_H_a_stop_in_the_last_evaluation_loses_nothing(folder, monkeypatch, stage, evaluation):
@@ -476,6 +477,7 @@ def test_O_a_checkpoint_that_does_not_fit_itself_is_refused(folder):
             load_tokenizer(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("junk", [b"]", b"\x8f", b"}", b"(", b"K\x01", b"N"])
 def test_O_a_pickle_that_eats_memory_is_refused_at_once(tmp_path, junk):
     path = tmp_path / "x.pt"

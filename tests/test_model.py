@@ -134,6 +134,7 @@ def test_M16_copies_share_nothing(tiny):
     assert len(set.union(*places)) == sum(map(len, places))
 
 
+@pytest.mark.slow
 def test_real_sizes():
     """GPT-2 small, without its memory: the vocabulary head is 768 x 50257, the reward head 768 x 1."""
     with torch.device("meta"):

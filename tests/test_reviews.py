@@ -402,6 +402,7 @@ def real(tmp_path_factory):
     return load(target), reviews.parse(reviews.read_source(REAL))
 
 
+@pytest.mark.slow
 def test_real_split(real):
     data, sentences = real
     train, val = sides(data)
@@ -427,6 +428,7 @@ def test_real_preferences(real):
     assert -1 < sum(s.mean for s in sentences[:100]) / 100 < 1
 
 
+@pytest.mark.slow
 def test_real_people(real):
     _, sentences = real
     sizes = [len(s.ratings) for s in sentences]

@@ -85,6 +85,7 @@ def result(folder, out="out"):
 
 # ---- D: how the function is called ----
 
+@pytest.mark.slow
 def test_one_call_a_rollout_in_the_order_of_the_prompts(start):
     """Not in pieces of --micro-batch, sorted by length: a function may compare all responses of a rollout."""
     source = ("import json\ndef f(prompts, responses):\n"
@@ -247,6 +248,7 @@ def test_a_function_that_fails_at_any_call_loses_nothing(start, at, updates, ste
     assert same_weights(whole, resumed) and log.splitlines()[1:] == other.splitlines()[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at, step", [(2, 2), (4, 3)])
 def test_a_signal_within_the_function_is_not_its_fault(start, at, step):
     """In an update that ends first; in the evaluation after the last one, which is left at once."""

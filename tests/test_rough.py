@@ -238,6 +238,7 @@ def test_too_little_memory_is_one_sentence(folder, reserve, more, says):
     assert re.match(f"train_sft.py: {says}", done.stderr)
 
 
+@pytest.mark.slow
 def test_absurd_sizes_on_the_command_line(folder):
     done = script("train_sft.py", "--out", folder / "out", "--block-size", 2147483648)
     assert one_sentence(done) and "lower --block-size" in done.stderr and not (folder / "out").exists()

@@ -149,6 +149,7 @@ def test_gold_of_a_prompt_that_asks_for_nothing():
 
 # ---- the rater ----
 
+@pytest.mark.slow
 def test_rank_prefers_by_the_sigmoid_of_the_gap():
     """Within 3 standard deviations, for gaps of all sizes, whatever the order of the list."""
     rng, n = random.Random(1), 3000
@@ -248,6 +249,7 @@ def test_best_ranked_is_better_than_worst_ranked(folder):
     assert first > last + 0.2
 
 
+@pytest.mark.slow
 def test_data_is_the_same_every_time_and_made_once(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stories, "SIZES", SMALL)
     random.seed(123)  # the global generator is not used
