@@ -1,6 +1,7 @@
 """Save and load checkpoints: writes are atomic; loading never executes code.
 
-A checkpoint is {"kind", "config", "tokenizer", "weights", "pool", "probe", "chat"}: all that a later script needs.
+A checkpoint is {"kind", "config", "tokenizer", "weights", "pool", "probe", "chat"}: all that a later
+script needs.
 """
 import dataclasses
 import filecmp

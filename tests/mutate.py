@@ -31,13 +31,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")  # it imports torch once, not once a bug
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
-FILES = {"ppo.py": "ppo checks pipeline resume", "train_rm.py": "rm checks pipeline resume",
-         "train_sft.py": "sft checks ppo pipeline resume",
+FILES = {"ppo.py": "ppo checks pipeline rewards faults resume",
+         "train_rm.py": "rm checks pipeline faults resume",
+         "train_sft.py": "sft checks ppo pipeline faults resume",
          "model.py": "model rm gpt2 sft checks ppo pipeline",
          "lib/generate.py": "model rm checks ppo pipeline", "lib/fast.py": "model checks pipeline",
-         "lib/report.py": "rm ppo checks pipeline", "lib/rewards.py": "rm ppo pipeline",
+         "lib/report.py": "rm ppo checks pipeline rewards", "lib/rewards.py": "rewards rm ppo pipeline",
          "lib/checks.py": "checks", "lib/common.py": "sft rm ppo checks pipeline records resume",
-         "data/examples.py": "sft rm ppo pipeline records"}
+         "data/examples.py": "sft rm ppo pipeline records faults"}
 ONLY = {"lib/common.py": {"batches", "micro_batches", "count_steps", "shuffled", "Cycle", "set_lr",
                           "clip_and_step", "finite"}}  # the rest is the command line and the log
 SKIP = {"Config", "GPTConfig", "report_pairs", "by_margin", "describe", "print_table", "print_sample",
@@ -46,7 +47,7 @@ LOOPS = {"main", "improve", "evaluate"}
 ALIKE = [group.split(", ") for group in (  # what has the same type in the LOOPS
     "rows, val_rows", "train, val", "prompts, val, demonstrations", "groups, val_groups", "before, after",
     "order, generator", "policy, critic", "models.policy, models.ref", "optimizers[0], optimizers[1]",
-    "index, ptx_index", "left, ptx_left", "loss, lr, norm, right", "step, steps, done", "update, cfg.updates",
+    "some, some_ptx", "loss, lr, norm, right", "step, steps, done", "update, cfg.updates",
     "cfg.lr, cfg.critic_lr", "cfg.batch_tokens, cfg.micro_batch", "cfg.batch, cfg.micro_batch",
     "cfg.epochs, cfg.minibatches", "now['kl_coef'], cfg.kl_coef", "cfg.kl_target, cfg.kl_coef",
     "stats['kl'], stats['update_kl']", "'sft.jsonl', 'sft_val.jsonl'",

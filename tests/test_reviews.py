@@ -415,6 +415,7 @@ def test_real_split(real):
     assert not any("''" in t or "&amp;" in t or "  " in t or "\ufffd" in t for t in whole)
 
 
+@pytest.mark.slow
 def test_real_preferences(real):
     data, sentences = real
     mean = {s.text: s.mean for s in sentences}
