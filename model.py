@@ -203,7 +203,8 @@ def sample(logits, uniform, temperature=1.0, top_k=None, top_p=None):
     cumulative = logits.softmax(-1).cumsum(-1)
     # (1 - uniform) lies in (0,1]: the first place that reaches it always has probability > 0
     threshold = (1 - uniform[:, None]) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold).squeeze(-1)
+    # clamp: with NaN there is no such place; what checks log-probs says so
+    return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 class RewardModel(nn.Module):

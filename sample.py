@@ -9,6 +9,7 @@ empty line ends the loop. A model that was trained on messages takes each line a
 remembers the conversation (--chat); any other continues each line as it is (--no-chat).
 """
 import argparse
+import math
 import os
 import sys
 
@@ -35,16 +36,16 @@ def note(text):
 
 # ---- prompts and responses ----
 
-def longest_prompt(gpt, args):
+def longest_prompt(gpt, rm, args):
     """Tokens of the longest prompt: as many as in PPO, or half of the model's where PPO would refuse."""
-    room, new = gpt.config.block_size, args.max_new_tokens
+    room, new = min(gpt.config.block_size, rm.room if rm else math.inf), args.max_new_tokens
     return prompt_room(room, new if new < room else room // 2)
 
 
 @torch.inference_mode()
-def respond(gpt, tokenizer, prompt, args, generator):
+def respond(gpt, tokenizer, prompt, args, generator, rm=None):
     """args.n responses to one prompt: tokens (n,T), lengths (n,), prompt length P."""
-    row, room = encode_prompt(prompt, tokenizer), longest_prompt(gpt, args)
+    row, room = encode_prompt(prompt, tokenizer), longest_prompt(gpt, rm, args)
     if len(row) > room:
         note(f"the prompt has {len(row)} tokens: truncated from the left to {room}")
         row = row[-room:]
@@ -64,7 +65,7 @@ def score(rm, tokens, lengths):
 def answer(prompt, gpt, rm, tokenizer, args, generator, chat=False):
     """Print the responses to one prompt, best score first; with --best-of only the best. Returns the first
     one's text. chat: the prompt is a conversation, and a response is one turn of it."""
-    tokens, lengths, P = respond(gpt, tokenizer, prompt, args, generator)
+    tokens, lengths, P = respond(gpt, tokenizer, prompt, args, generator, rm)
     if chat:
         tokens, lengths = one_turn(tokens, lengths, P, tokenizer)
     scores = score(rm, tokens, lengths) if rm else torch.zeros(len(tokens))
@@ -135,7 +136,7 @@ def talk(gpt, rm, tokenizer, args, generator, chat):
         asked = [*turns, {"role": "user", "content": line}]
         try:
             if chat:
-                asked = latest(asked, tokenizer, longest_prompt(gpt, args))
+                asked = latest(asked, tokenizer, longest_prompt(gpt, rm, args))
                 if dropped := len(turns) + 1 - len(asked):
                     note(f"the {dropped} oldest turns no longer fit and are forgotten")
             text = answer(as_prompt(asked) if chat else line, gpt, rm, tokenizer, args, generator, chat)

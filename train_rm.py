@@ -61,7 +61,9 @@ def ranking_loss(scores, groups):
         raise ValueError(f"{len(scores)} scores for {sum(counts)} ranks")
     K = max(counts)
     s = torch.stack([F.pad(part, (0, K - len(part))) for part in scores.split(counts)])  # (G,K)
-    padded = [list(ranks) + [math.nan] * (K - len(ranks)) for ranks in groups]
+    levels = [sorted(set(ranks)) for ranks in groups]  # small whole numbers: a float32 holds them exactly
+    padded = [[level.index(rank) for rank in ranks] + [math.nan] * (K - len(ranks))
+              for level, ranks in zip(levels, groups, strict=True)]
     rank = torch.tensor(padded, device=s.device)
     pair = rank[:, :, None] < rank[:, None, :]  # (G,K,K): i better than j; nan is never less
     gap = s[:, :, None] - s[:, None, :]

@@ -3,6 +3,7 @@
 A column that seems to stand for one that is not there ("rank" for "ranks", "question" for "prompt"), or that
 says the opposite of what is read, is an error; what is merely unused is counted and named once per file.
 """
+import math
 import re
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -22,7 +23,11 @@ OTHER_NAMES = {column: set(names.split()) for column, names in {
     "rejected": "reject negative worse",
     "responses": "response answers completions candidates outputs generations",
     "ranks": "ranking rankings order ordering"}.items()}
+PARTS = {"input", "instruction"}  # of a question: beside a "prompt", they must be within it
 CHOICES = {"preference", "preferences", "preferred", "winner", "choice", "best", "label", "labels"}
+SWAPPED = {"swapped", "swap", "flipped", "reversed", "inverted"}
+SCORES = re.compile(r"[\w-]*(scores?|ratings?|rewards?|utility|utilities|(?<!down)votes?)")
+INDEX = re.compile(r"(best|prefer\w*|winn\w+|choice|chosen)([_-]?response)?[_-]?(idx|index)")
 
 
 # ---- unused columns ----
@@ -51,10 +56,14 @@ def report(path, counts):
 
 # ---- columns under another name ----
 
+def _plain(name):
+    return name.casefold().strip(" _-:\t\n\ufeff")
+
+
 @lru_cache(10_000)
 def meant(name, kind):
     """What an unused column may stand for: (column, whether it is spelled alike), or (None, False)."""
-    plain = name.casefold().strip(" _-:\t\ufeff")
+    plain = _plain(name)
     if name in READ[kind] or len(plain) > 40 or re.search(r"\d", plain):
         return None, False
     for column in READ[kind]:
@@ -74,12 +83,20 @@ def missing(row, column, kind):
     return UserError(f'column "{column}" is missing or null{hint}')
 
 
-def check_names(row, kind, texts):
-    """UserError: an unused column probably stands for one that is not there. texts: all that is read.
+def check_names(row, kind, prompt, responses):
+    """UserError: an unused column probably stands for one that is not there, or for more of the prompt.
 
-    A "question" that occurs in one of them, as in Alpaca's "text", is not lost.
+    A "question" that occurs in what is read, as in Alpaca's "text", is not lost.
     """
+    texts = [prompt + response for response in responses]
     for name, value in row.items():
+        plain = _plain(name) if name not in READ[kind] else None
+        if plain in READ[kind] and plain in row and value != row[plain]:
+            raise UserError(f'columns {_quoted(name)} and "{plain}" differ; delete one of them')
+        if plain in PARTS and "prompt" in row and isinstance(value, str) and value.strip() and not _occurs(
+                value.strip(), prompt):
+            raise UserError(f'column {_quoted(name)} is not read, and not in the "prompt"; put it there, or '
+                            "delete it")
         column, alike = meant(name, kind)
         if column == "ranks":
             lost = (alike or isinstance(value, list)) and row.get("ranks") != value
@@ -108,30 +125,71 @@ def _quoted(name):
 # ---- columns that say the opposite ----
 
 def check_order(row, n):
-    """UserError: an unused column orders the n responses in another way than their places do.
+    """UserError: an unused column orders the n responses in another way than "ranks" or their places do.
 
-    With "ranks" the order is explicit, and nothing else can be meant.
+    With "ranks" the order is explicit, and a choice whose meaning is unclear needs no error.
     """
-    listed = "responses" in row
-    for name, value in row.items() if n and "ranks" not in row else ():
-        plain = name.casefold()
-        if listed and plain in CHOICES and not (isinstance(value, str) and plain.startswith("label")):
+    listed, ranks = "responses" in row, row.get("ranks", range(n))
+    for name, value in row.items() if n else ():
+        plain = _plain(name)
+        index = _number(value) if INDEX.fullmatch(plain) else None
+        if listed and "ranks" not in row and plain in CHOICES and not (
+                isinstance(value, str) and plain.startswith("label")):
             raise UserError(f'column {_quoted(name)} looks like an order; give "ranks" (smaller is better), '
                             "or delete it")
+        if listed and index is not None and not (index in range(n) and ranks[int(index)] == min(ranks)):
+            raise UserError(f'column {_quoted(name)} is not the index of the best response, from 0; correct '
+                            "or delete it")
+        if not listed and _prefers_rejected(plain, value, row):
+            raise UserError(f'column {_quoted(name)} contradicts "chosen" and "rejected", which already say '
+                            "which is better; correct or delete it")
         if not listed and "chosen" in name:
             value = [value, row.get(name.replace("chosen", "rejected"))]
             plain = re.sub("[_-]?chosen[_-]?", "", plain)
         elif not listed and plain == "margin":
             value, plain = [value, 0], "score"
-        if re.fullmatch(r"[\w-]*(scores?|ratings?|rewards?)", plain) and _rises(value, n):
+        elif not listed and isinstance(value, dict):
+            value = [value.get("chosen"), value.get("rejected")]
+        if SCORES.fullmatch(plain) and _contradict(value, ranks, n):
             raise UserError(f'column {_quoted(name)} orders the responses in another way; correct their '
                             'order, or delete it, or give true scores, only to be reported, as "gold"')
 
 
-def _rises(scores, n):
-    """Whether these are n scores, of which a later one is larger, that is better."""
-    return isinstance(scores, list) and len(scores) == n and all(
-        type(x) in (int, float) for x in scores) and any(a < b for a, b in pairwise(scores))
+def _prefers_rejected(plain, value, row):
+    """Whether a column beside "chosen" and "rejected" says that the second is better, or they are swapped.
+
+    A "label" may be of anything, so that only the word counts there.
+    """
+    word = value.casefold().strip() if isinstance(value, str) else value
+    if plain in SWAPPED:
+        return word in (True, "true", "yes", "1")
+    if plain not in CHOICES and not (INDEX.fullmatch(plain) and "chosen" not in plain):
+        return False
+    if word == "rejected" or plain.startswith("label"):
+        return word == "rejected"
+    return word in ("b", "1", "2") or type(value) is int and value > 0 or (
+        isinstance(value, str) and value == row["rejected"])
+
+
+def _number(x):
+    """An int or float, or one written as a string; None: neither, or not finite."""
+    if isinstance(x, str) and len(x) < 40:
+        try:
+            x = float(x)
+        except ValueError:
+            return None
+    return x if type(x) is int or type(x) is float and math.isfinite(x) else None
+
+
+def _contradict(scores, ranks, n):
+    """Whether these are n scores, of which one is larger, that is better, than that of a better rank."""
+    if not (isinstance(scores, list) and len(scores) == n):
+        return False
+    scores = [_number(x) for x in scores]
+    if None in scores:
+        return False
+    falling = sorted(zip(ranks, (-x for x in scores), strict=True))
+    return any(a[1] > b[1] for a, b in pairwise(falling))
 
 
 def check_repeated(prompt, responses, what):

@@ -125,7 +125,10 @@ def _beside(path):
     for old in path.parent.glob(f"{_escape(path.name)}.part*") if path.parent.is_dir() else ():
         found = re.fullmatch(r"\.part(\d+)", old.name[len(path.name):])
         if found and (int(found[1]) == os.getpid() or not _alive(int(found[1]))):
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() and not old.is_symlink() else old.unlink()
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink(missing_ok=True)  # another process may be deleting it, too
     return path.with_name(f"{path.name}.part{os.getpid()}")
 
 

@@ -17,6 +17,7 @@ of Anthropic's HH, wherever they stand: "\\n\\nHuman: ...\\n\\nAssistant: ...", 
 A null is no value. Columns that contradict one another are an error, and so is one that seems to be
 misspelt; what is merely unused is counted and named (data/columns.py).
 """
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from data.files import UserError, json_object, printable
 from data.tokenizer import check_text
 
 QUESTION, ANSWER = "\n\nHuman:", "\n\nAssistant:"  # how a turn begins in Anthropic's HH texts
+BAD = {"bad", "negative", "false", "0"}  # labels of what must not be learned
 NAMES = {"user": QUESTION, "human": QUESTION, "assistant": ANSWER, "system": "\n\nSystem:"}
 
 
@@ -48,6 +50,8 @@ def _read(path, kind, parse, skip_bad):
     """[parse(object)] of a JSONL file. UserError: unreadable, no examples, or a bad line without skip_bad."""
     path = Path(path)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe may never end
+            raise ValueError("not a regular file")
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
@@ -144,9 +148,11 @@ def _check(row, kind, prompt, responses, repeated, n=0):
         check_text(text)
     if "prompt" in row:
         columns.check_repeated(prompt, responses, repeated)
+        if kind == "preferences" and "responses" not in row:
+            columns.check_repeated(prompt, responses[:1], '"chosen", but not of "rejected"; remove it there')
     if row.keys() - columns.READ[kind]:
         columns.check_order(row, n)
-        columns.check_names(row, kind, [prompt + response for response in responses])
+        columns.check_names(row, kind, prompt, responses)
 
 
 # ---- prompts and demonstrations ----
@@ -154,12 +160,15 @@ def _check(row, kind, prompt, responses, repeated, n=0):
 def _only_prompt(row):
     _need(row, "prompts", "prompt")
     check_text(prompt := _prompt(row))
+    columns.check_names(row, "prompts", prompt, [""])
     return prompt
 
 
 def _demonstration(row):
-    if row.get("label") is False:
-        raise UserError('"label": false marks a completion that must not be learned; delete the line')
+    label = row.get("label")
+    if (label.casefold().strip() in BAD) if isinstance(label, str) else label in (False, 0.0):
+        raise UserError(f'"label": {json.dumps(label)} marks a completion that must not be learned; delete '
+                        "the line")
     if "messages" in row:
         prompt, completion = _conversation(row)
     elif "text" in row:

@@ -25,6 +25,9 @@ from data.files import Progress, UserError, atomic_file, json_object, printable
 # boundary. Copied, not imported, because a BPE in an old checkpoint is meaningless without it.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 LONGEST_BLANK = 300_000  # whitespace characters; tiktoken 0.14 handles this many and panics at 1,000,000
+LONGEST_WORD = 20_000  # characters; 0.2 s, and tiktoken's time grows with the square
+RUNS = [(regex.compile(f"{kind}*"), regex.compile(f"(?r){kind}*"))  # of what words are: after, and before
+        for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]")]
 
 
 class Tokenizer:
@@ -37,7 +40,7 @@ class Tokenizer:
     def encode(self, text):
         """Text -> ids, without eos; text that spells a special token is encoded as ordinary text.
 
-        A lone surrogate (JSON can contain one) becomes U+FFFD. UserError: too much whitespace in a row.
+        A lone surrogate (JSON can contain one) becomes U+FFFD. UserError: as check_text.
         """
         check_text(text)
         return self.encoding.encode_ordinary(text)
@@ -58,10 +61,14 @@ class Tokenizer:
 
 
 def check_text(text):
-    """UserError: too much whitespace in a row, for any tokenizer."""
+    """UserError: too much whitespace in a row, or a word too long, for any tokenizer."""
     # the lookbehind makes it linear: a run is tried from its start only
     if len(text) >= LONGEST_BLANK and regex.search(rf"(?<!\s)\s{{{LONGEST_BLANK}}}", text):
         raise UserError(f"the text has {LONGEST_BLANK} whitespace characters in a row")
+    # a word that long is at one of these places, so that looking takes no time
+    if any(after.match(text, i).end() - before.match(text, 0, i).start() > LONGEST_WORD
+           for i in range(LONGEST_WORD, len(text), LONGEST_WORD) for after, before in RUNS):
+        raise UserError(f"the text has a word of more than {LONGEST_WORD} characters")
 
 
 def get_tokenizer(name):

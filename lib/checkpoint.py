@@ -34,36 +34,36 @@ def previous(path):
 def keep_previous(path):
     """Move an earlier run's file to NAME.prev.EXT, one generation back, and say so."""
     if path.exists():
-        os.replace(path, previous(path))
+        try:
+            os.replace(path, previous(path))
+        except OSError as error:
+            raise UserError(f"{path} can't be moved to {previous(path)} ({error.strerror})") from None
         print(f"{path} already exists; moved to {previous(path)}")
 
 
-def write(path, data, keep=False):
-    """Atomic torch.save; with `keep`, an existing file is first moved to *.prev.*. UserError: disk full."""
+def write(path, data, keep=None):
+    """Atomic torch.save. keep: an existing file is first moved to *.prev.*, "other" only if it differs or
+    "any", None never. UserError: disk full."""
     try:
         with atomic_file(path) as file:
             torch.save(data, file)
             file.flush()
-            if keep and not _same_again(file.name, path):
+            if keep == "any" or keep and path.exists() and not filecmp.cmp(file.name, path, shallow=False):
                 keep_previous(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise UserError(f"{path} could not be written ({getattr(error, 'strerror', 0) or 'disk full?'}); "
                         "earlier checkpoints are intact") from None
 
 
-def _same_again(new, path):
-    """Whether the result that is there is this one already, as after a kill between finish's two writes."""
-    return previous(path).exists() and path.exists() and filecmp.cmp(new, path, shallow=False)
-
-
-def save(path, model, tokenizer):
-    """Write a checkpoint that `load` and `load_tokenizer` read. UserError: weights are not finite."""
+def save(path, model, tokenizer, keep="other"):
+    """Write a checkpoint that `load` and `load_tokenizer` read; keep: see `write`. UserError: weights are not
+    finite."""
     check_finite(model, path)
     data = {"kind": type(model).__name__, "config": dataclasses.asdict(model.config),
             "tokenizer": tokenizer.spec(), "weights": model.state_dict(),
             "pool": model.pool if isinstance(model, RewardModel) else None, "probe": probe(model),
             "chat": getattr(model, "chat", None)}
-    write(Path(path), data, keep=True)
+    write(Path(path), data, keep)
 
 
 def check_finite(model, what):

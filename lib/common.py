@@ -42,7 +42,10 @@ class Shared:
 def cli(main, Config):
     """Parse flags into Config and run main; report a user's mistake as one sentence, exit 1."""
     make_harmless()
-    cfg = Config(**vars(flags(main, Config).parse_args()))
+    try:
+        cfg = Config(**vars(flags(main, Config).parse_args()))
+    except KeyboardInterrupt:
+        sys.exit(130)
     cfg.given = {arg[2:].partition("=")[0].replace("-", "_") for arg in sys.argv[1:] if arg.startswith("--")}
     keep_memory()
     with one_sentence(Path(sys.argv[0]).name, "Try a smaller --micro-batch or --checkpoint-activations; "
@@ -251,8 +254,9 @@ def clip_and_step(model, optimizer, clip, step):
 def finite(where, **numbers):
     """UserError, beginning with `where`: one of the numbers, floats or tensors, is NaN or infinite."""
     if bad := [name for name, x in numbers.items() if not torch.as_tensor(x).isfinite().all()]:
+        flag = "--critic-lr" if bad[0].startswith("value") else "--lr"
         raise UserError(f"{where}: non-finite {', '.join(bad)}; earlier checkpoints are intact; try a "
-                        "smaller --lr")
+                        f"smaller {flag}")
 
 
 class Log:
@@ -268,6 +272,8 @@ class Log:
             os.truncate(path, saved["log"]["size"])
             self.file, self.done = open(path, "a"), saved["step"]
             return
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and a log is never written through one; delete it")
         self.file = open(path, "w")
         self._write({"config": dataclasses.asdict(config)})
 
@@ -289,8 +295,11 @@ class Log:
         self._write({"report": numbers})
 
     def _write(self, line):
-        self.file.write(json.dumps(without_nan(line), allow_nan=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(without_nan(line), allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.file.name} can't be written ({error.strerror})") from None
 
 
 def without_nan(x):

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,6 +45,8 @@ class Run:
     """
 
     def __init__(self, name, cfg, files, device):
+        if not cfg.out:
+            raise UserError("--out is empty: name a folder")
         out = Path(cfg.out)
         self.cfg, self.caught, self.step, self.handlers = cfg, 0, None, {}
         self.result, self.log_path, self.finished = (
@@ -55,7 +58,10 @@ class Run:
                       if name not in ("out", "resume", "save_every", "show",
                                       "checkpoint_activations")}  # these change no result
         self.start["--device"] = f"{device} on a machine with {torch.cuda.device_count()} GPUs"
-        self.start |= {os.path.relpath(file, out): checksum(file) for file in files if file}
+        real = partial(os.path.relpath, start=os.path.realpath(out))  # a path, however it is spelled
+        self.start |= {name: real(os.path.realpath(x)) for name, x in self.start.items()
+                       if type(x) is str and x and os.path.exists(x)}
+        self.start |= {real(os.path.realpath(file)): checksum(file) for file in files if file}
         self.saved = self._find() if cfg.resume else None
 
     def _refuse_own_files(self, files):
@@ -74,7 +80,9 @@ class Run:
         path = self.path if self.path.exists() else self.finished
         saved = unpickle(path, {"start", "step"}, "saved state", mmap=False)
         start, step = saved["start"], saved["step"]
-        if type(start) is not dict or type(step) is not int or step < 0:
+        plain = type(start) is dict and all(type(x) in (str, int, float, bool, type(None))
+                                            for x in start.values())
+        if not plain or type(step) is not int or step < 0:
             raise UserError(f"{path} is not an onetrunk saved state, or is corrupt")
         was = [f"{name} was {start.get(name)}" for name, x in self.start.items() if start.get(name) != x]
         if was:
@@ -89,7 +97,7 @@ class Run:
     def _was_finished(self, saved):
         """Whether a state is what a kill at the very end of `finish` left behind."""
         last = unpickle(self.finished, {"start", "step"}, "saved state", mmap=False)
-        return last["start"] == saved["start"] and last["step"] == saved["step"]
+        return str(last["start"]) == str(saved["start"]) and str(last["step"]) == str(saved["step"])
 
     def begin(self, steps, **parts):
         """Open the log and fill `parts` from the saved state, if any; returns the number of steps done.
@@ -115,13 +123,13 @@ class Run:
 
     def _restore(self, saved, steps):
         """Check the whole saved state, then load it. UserError: it is not a state of this run."""
-        log = saved.get("log") or {}
+        log, step = saved.get("log") or {}, saved.get("logged")
         if not self.running_log.exists() and fingerprint(self.log_path, log) == log:  # killed within `finish`
             replace(self.log_path, self.running_log)
         if fingerprint(self.running_log, log) != log:
             raise UserError(f"--resume: {self.running_log} is missing, or is not the log of that run")
         try:
-            if saved["step"] > steps or saved["parts"].keys() != self.parts.keys():
+            if step != saved["step"] or step > steps or saved["parts"].keys() != self.parts.keys():
                 raise ValueError(f"step {saved['step']} of {steps}, parts {', '.join(saved['parts'])}")
             for name, part in self.parts.items():
                 check_state(part, saved["parts"][name], name)
@@ -167,14 +175,16 @@ class Run:
             if isinstance(part, torch.nn.Module):
                 check_finite(part, f"step {step}")
         os.fsync(self.log.file.fileno())
-        write(self.path, {"start": self.start, "step": step,
+        write(self.path, {"start": self.start, "step": step, "logged": step,
                           "log": fingerprint(self.running_log, {"size": logged or self.log.file.tell()}),
                           "parts": {name: between[name] if name in between else get_state(part)
                                     for name, part in self.parts.items()}})
 
     def _stop(self, number, frame):
         self._restore_handlers()  # a second signal stops at once
-        if self.step == self.log.steps:  # no step is left to finish, and the last one is saved
+        if self.step == self.log.steps:  # no step is left to finish
+            if not self.path.exists():  # nor is anything saved, on a full disk: let the result be written
+                return tell("\nwriting the result; once more to stop\n")
             tell(f"\nthe training is done and saved in {self.path}; rerun with --resume to finish\n")
             raise Stopped(128 + number)
         self.caught = number
@@ -190,13 +200,22 @@ class Run:
         for numbers in reports:
             self.log.report(**numbers)
         os.fsync(self.log.file.fileno())
-        save(self.result, model, tokenizer)
-        for path in (self.log_path, self.finished):
-            keep_previous(path)
+        # a mark that belongs to the result says that this is another generation, be it equal; else a result
+        # that is equal is our own, of a `finish` that was killed
+        save(self.result, model, tokenizer, keep="any" if self._marked() else "other")
+        keep_previous(self.finished)
+        keep_previous(self.log_path)
         replace(self.running_log, self.log_path)
-        write(self.finished, {"start": self.start, "step": self.log.steps})
-        self.path.unlink(missing_ok=True)
+        write(self.finished, {"start": self.start, "step": self.log.steps, "result": checksum(self.result)})
         self._restore_handlers()
+        self.path.unlink(missing_ok=True)
+
+    def _marked(self):
+        """Whether the mark of a finished run is there, and is that of the result that is there."""
+        if not (self.finished.exists() and self.result.exists()):
+            return False
+        mark = unpickle(self.finished, {"start"}, "saved state", mmap=False)
+        return mark.get("result") == checksum(self.result)
 
 
 def lock(out):
@@ -206,7 +225,8 @@ def lock(out):
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a+")
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = open(out / ".lock", "r+", opener=lambda path, _: os.open(path, flags, 0o666))
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--out {out}: there is a file of that name, or one above it is no folder") from None
     except OSError as error:

@@ -1,4 +1,5 @@
 """Where scores come from: a reward model, or a Python function of the user's."""
+import contextlib
 import itertools
 import math
 import os
@@ -49,6 +50,13 @@ def model_score(rm, micro_batch=math.inf):
 
 # ---- a function of the user's ----
 
+LARGEST = 1e18  # of a score: float32 can still hold sums of its squares
+
+
+class NotNumbers(Exception):
+    """What a function returned instead of n numbers, to follow "returned"."""
+
+
 class TextScore:
     """A user's function(prompts, responses) -> numbers as a function of (tokens, lengths, P) -> (B,).
 
@@ -68,16 +76,27 @@ class TextScore:
         prompts, responses = split_texts(tokens, lengths, P, self.tokenizer)
         n = len(prompts)
         with user_code(f"--reward {self.name}", self.run):
-            values = listed(self.function(prompts, responses), n)
-        try:
-            raw = numbers(values, n)
-        except ValueError as error:
+            values, wrong = listed(self.function(prompts, responses), n), None
+            try:  # here, as float() and repr() may run code of the user's, too
+                values = numbers(values, n)
+            except NotNumbers as error:
+                wrong = str(error)
+        if wrong is not None:
             raise UserError(f"--reward {self.name} must return {n} finite numbers for {n} responses; it "
-                            f"returned {error}{saved(self.run)}") from None
+                            f"returned {wrong}{saved(self.run)}")
+        raw = torch.tensor(values, dtype=torch.float64)
+        before = dict(vars(self.scale)) if self.scale else {}
         if self.scale:
             last = tokens[torch.arange(n, device=tokens.device), lengths - 1].cpu()
             self.scale.learn(raw[last == self.tokenizer.eos])
             self.raw, raw = raw, self.scale(raw)
+        if not (raw.abs() <= LARGEST).all():
+            if self.scale:
+                self.scale.__init__(**before)
+            worst = values[int(raw.abs().argmax())]
+            raise UserError(f"--reward {self.name} returned values that are too large, such as {worst:.4g}: "
+                            f"{'scaled, ' * bool(self.scale)}they must stay below {LARGEST:.0e}"
+                            f"{saved(self.run)}")
         return raw.float().to(tokens.device)
 
     def state_dict(self):
@@ -170,22 +189,21 @@ def listed(result, n):
 
 
 def numbers(values, n):
-    """n numbers as float64 (n,). ValueError: what they are instead, to follow "returned"."""
+    """A list of n floats, finite in float32. NotNumbers: it is none. This may run code of the user's."""
     if not isinstance(values, list):
         kind = f"{values.ndim}-dimensional " if hasattr(values, "ndim") else ""
-        raise ValueError(f"a {kind}{type(values).__name__}: {shown(values)}")
+        raise NotNumbers(f"a {kind}{type(values).__name__}: {shown(values)}")
     if len(values) != n:
-        raise ValueError(f"{'more' if len(values) > n else len(values)}: {shown(values)}")
-    made = torch.empty(n, dtype=torch.float64)
+        raise NotNumbers(f"{'more' if len(values) > n else len(values)}: {shown(values)}")
+    made = []
     for i, value in enumerate(values):
-        try:
-            if isinstance(value, (str, bytes)):
-                raise ValueError
-            made[i] = float(value.item() if hasattr(value, "item") else value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            raise ValueError(f"{shown(value)} as number {i + 1}") from None
-        if not abs(made[i]) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"{shown(value)} as number {i + 1}")
+        number = math.nan
+        with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            if not isinstance(value, (str, bytes)):
+                number = float(value.item() if hasattr(value, "item") else value)
+        if not abs(number) <= torch.finfo(torch.float32).max:
+            raise NotNumbers(f"{shown(value)} as number {i + 1}")
+        made.append(number)
     return made
 
 

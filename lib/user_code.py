@@ -12,12 +12,29 @@ import torch
 from data.files import UserError
 from lib.resume import Stopped
 
+
+def folder():
+    """The working folder; None: it has been deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
+
+
+def go_to(path):
+    try:
+        os.chdir(path or ".")
+    except OSError as error:
+        if path:
+            raise UserError(f"the working folder {path} is gone ({error.strerror})") from None
+
+
 SETTINGS = [(torch.get_default_dtype, torch.set_default_dtype),
             (torch.get_default_device, lambda device: torch.set_default_device(None)),
             (torch.get_num_threads, torch.set_num_threads),
             (torch.is_grad_enabled, torch.set_grad_enabled),
             (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
-            (os.getcwd, os.chdir)]
+            (folder, go_to)]
 
 
 def import_function(name, run=None):

@@ -87,6 +87,29 @@ CONTRADICTIONS = [
     (PREF, {"prompt": [HI], "chosen": "\n\nHuman: hi\n\nAssistant: a",
                         "rejected": "\n\nHuman: hi\n\nAssistant: b"}, "the prompt is repeated"),
     (PREF, {"prompt": "hi", "chosen": [HI, YES], "rejected": [HI, NO]}, 'drop the "prompt" column'),
+    # a tester's: scores and choices that order the other way
+    (PREF, pair(scores={"chosen": 1, "rejected": 4}), '"scores" orders the responses in another way'),
+    *((PREF, pair(**{name: value}), f'"{name}" contradicts "chosen" and "rejected"') for name, value in (
+        ("preferred", "rejected"), ("winner", "B"), ("winner", "b"), ("winner", "rejected"),
+        ("choice", " No."),
+        ("preference", 1), ("best_idx", 1), ("label", "rejected"), ("swapped", True))),
+    (PREF, pair(score_chosen="1", score_rejected="2"), '"score_chosen" orders'),
+    *((PREF, pair(chosen=None, rejected=None, responses=["a", "b"], **more), says) for more, says in (
+        ({"reward": ["1", "2"]}, '"reward" orders'), ({"utility": [1, 9]}, '"utility" orders'),
+        ({"votes": [1, 9]}, '"votes" orders'), ({"best_idx": 1}, '"best_idx" is not the index'),
+        ({"ranks": [2, 1], "scores": [5, 1]}, '"scores" orders the responses in another way'),
+        ({"ranks": [2, 1], "best_idx": 0}, '"best_idx" is not the index'))),
+    (PREF, ranking(ranks=[1, 0, 1], scores=[2, 3, 4]), '"scores" orders'),
+    *((SFT, GOOD[SFT] | {"label": label}, f'"label": {json.dumps(label)} marks a completion')
+      for label in (0, "bad", "negative", "Negative ")),
+    *((SFT, GOOD[SFT] | {name: "d"}, f'columns "{name}" and "completion" differ')
+      for name in ("completion ", "Completion")),
+    (SFT, {"prompt": "Translate:", "input": "the cat", "completion": "x"}, '"input" is not read, and not in'),
+    (SFT, {"prompt": "the cat", "instruction": "Translate:", "completion": "x"}, '"instruction" is not read'),
+    (PROMPTS, {"prompt": "Translate:", "input": "the cat"}, '"input" is not read, and not in the "prompt"'),
+    (PROMPTS, {"prompt": "a", "Prompt": "b"}, 'columns "Prompt" and "prompt" differ'),
+    (PREF, {"prompt": "What is up today my man", "chosen": "What is up today my man A", "rejected": " B"},
+     'the prompt is repeated at the beginning of "chosen", but not of "rejected"'),
     # columns that are misspelt
     (SFT, {"prompt": "p", "response": "x"}, '"completion" is missing or null; rename "response" to "comp'),
     (SFT, {"Prompt": "p", "completion": "x"}, '"prompt" is missing or null; rename "Prompt" to "prompt"?'),
@@ -150,9 +173,31 @@ def test_columns_that_agree_or_are_null_may_stand_together(write, capsys, read, 
     (PREF, {"prompt": "a", "chosen": "a b", "rejected": "c"}),
     (PREF, {"prompt": " ", "chosen": " a", "rejected": " b"}),
     (PREF, {"chosen": "a. a.b", "rejected": "a. a.c"}),  # here the prompt is what they share
+    (PREF, {"prompt": "Hello", "chosen": "Hello! How are you?", "rejected": " B"}),
+    (PREF, {"prompt": "What is up today my man", "chosen": " B", "rejected": "What is up today my man A"}),
     (SFT, {"prompt": "Hello", "completion": "Hello! How are you?"})], ids=show)
 def test_a_beginning_by_chance_is_no_repeated_prompt(write, read, row):
     assert len(read(write(row))) == 1
+
+
+@pytest.mark.parametrize("read, good, more", [
+    *((PREF, pair(), {name: value}) for name, value in (
+        ("scores", {"chosen": 4, "rejected": 1}), ("scores", {"chosen": "a"}), ("preferred", "chosen"),
+        ("winner", "A"), ("winner", " So."), ("preference", 0), ("preference", 0.8), ("swapped", False),
+        ("label", 1), ("label", "b"), ("best_idx", 0), ("chosen_idx", 1))),
+    *((PREF, ranking(), {name: value}) for name, value in (
+        ("reward", ["10", "9", "-1"]), ("reward", ["x", "y", "z"]), ("votes", [9, 1, 1]), ("best_idx", 0),
+        ("downvotes", [1, 2, 3]), ("utility", 1))),
+    (PREF, ranking(ranks=[1, 0, 1]), {"scores": [2, 9, 5]}),
+    (PREF, ranking(ranks=[1, 0, 1]), {"best_idx": 1}),
+    *((SFT, GOOD[SFT], {"label": label}) for label in (1, True, "good", [0])),
+    (SFT, GOOD[SFT], {"Completion": "c"}), (SFT, GOOD[SFT], {"input": ""}),
+    (SFT, GOOD[SFT], {"input": "p "})],
+    ids=show)
+def test_columns_that_agree_are_only_counted(write, capsys, read, good, more):
+    path = write(good | more)
+    assert read(path) == read(write(good))
+    assert capsys.readouterr().out == f"{path}: ignored columns: {next(iter(more))} (1 line)\n"
 
 
 # ---- unused columns ----

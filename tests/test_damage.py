@@ -6,6 +6,7 @@ bad line is counted, so kept + skipped is the number of non-blank lines.
 import bisect
 import gzip
 import json
+import os
 import random
 import re
 
@@ -200,6 +201,20 @@ def test_unreadable_files(tmp_path):
                        ("", "can't be read"), ("x" * 300, "can't be read")):
         with pytest.raises(UserError, match=says):
             read_prompts(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_what_is_no_regular_file_is_never_opened(tmp_path):
+    """A pipe that nobody writes to would be read for ever."""
+    (tmp_path / "null").symlink_to(os.devnull)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("null", "pipe", "link"):
+        with pytest.raises(UserError, match=f"{name} can't be read: not a regular file"):
+            read_prompts(tmp_path / name, skip_bad=True)
+    (tmp_path / "file").write_text('{"prompt": "p"}')
+    (tmp_path / "good").symlink_to("file")
+    assert read_prompts(tmp_path / "good") == ["p"]
 
 
 def test_mixed_line_ends_lose_nothing(tmp_path):

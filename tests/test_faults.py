@@ -92,6 +92,21 @@ def test_A_prompt_tokens_are_alike_beside_a_response():
         assert encode_prompts([text], BYTES, prompt_room(24, 3), "") == [prompt]
 
 
+def test_A_a_reward_token_leaves_sample_the_room_that_ppo_has(folder):
+    gpt, args = load(GPT, "out/sft.pt"), sample_args("--max-new-tokens", "8")
+    rm_ = RewardModel.from_gpt(gpt, "token")
+    assert sample.longest_prompt(gpt, rm_, args) == prompt_room(rm_.room, 8) == 23
+
+
+@pytest.mark.parametrize("ranks", [[0.1, 0.10000000001], [1700000001, 1700000002], [-1e30, -1e30 + 1e15]])
+def test_C_ranks_order_as_they_are_written_beside_whatever_else(ranks):
+    scores = torch.tensor([0.0, 1, 0, 1, 2])
+    loss, _ = train_rm.ranking_loss(scores, [ranks, [1, 1, 2]])
+    alone = [train_rm.ranking_loss(*some)[0] for some in ((scores[:2], [ranks]), (scores[2:], [[1, 1, 2]]))]
+    assert alone[0].item() == pytest.approx(1.3133, abs=1e-3)
+    assert loss.item() == pytest.approx(sum(alone).item() / 2)
+
+
 # ---- F, G, Q: numbers ----
 
 def test_F_a_result_that_is_not_finite_is_not_saved(folder, monkeypatch):
@@ -116,6 +131,13 @@ def test_F_scores_that_are_not_finite_end_the_reward_model(folder, monkeypatch):
     with pytest.raises(UserError, match="non-finite"):
         rm()
     assert not Path("out/rm.pt").exists()
+
+
+def test_F_weights_that_became_nan_end_ppo_in_a_sentence(folder):
+    rm()
+    for flags, flag in (({"lr": 1e9}, "--lr"), ({"critic_lr": 1e9}, "--critic-lr")):
+        with pytest.raises(UserError, match=f"non-finite.*try a smaller {flag}$"):
+            ppo_main(**flags, updates=8, update_kl=1e9)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 40, 1000])
@@ -188,6 +210,17 @@ def test_H_the_result_is_saved_before_the_table_is_printed(folder, monkeypatch):
     with pytest.raises(UnicodeEncodeError):
         ppo_main()
     assert Path("out/ppo.finished.pt").exists()
+
+
+def test_H_a_signal_when_the_last_state_did_not_fit_lets_the_result_be_written(folder, monkeypatch, capfd):
+    def full(run, step):
+        raise UserError("out/sft.state.pt could not be written (disk full)")
+
+    shipped = Run.finish
+    monkeypatch.setattr(Run, "save_state", full)
+    monkeypatch.setattr(Run, "finish", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or shipped(*args))
+    sft(out="new", save_every=0)
+    assert load(GPT, "new/sft.pt") and "writing the result" in capfd.readouterr().err
 
 
 # ---- I: output ----
@@ -288,6 +321,15 @@ def test_J_failing_starts_keep_the_log_of_an_unfinished_run(folder, monkeypatch)
     assert Path("new/sft.state.prev.jsonl").read_bytes() == log
 
 
+def test_J_a_generation_stays_together_when_a_run_is_repeated(folder):
+    for seed in (1, 2, 2):
+        sft(out="new", epochs=0.1, seed=seed)
+    names = ("new/sft.pt", "new/sft.log.jsonl", "new/sft.finished.pt")
+    before = ("new/sft.prev.pt", "new/sft.log.prev.jsonl", "new/sft.finished.prev.pt")
+    for a, b in zip(names, before, strict=True):
+        assert Path(a).read_bytes() == Path(b).read_bytes(), a
+
+
 # ---- K, L: one run a folder, and no file that is read is written ----
 
 @pytest.mark.slow
@@ -335,6 +377,19 @@ def test_L_a_run_does_not_read_what_it_writes(folder):
     with pytest.raises(UserError, match="link.pt is read by this run"):
         train_sft.main(train_sft.Config(data="data", device="cpu", init="link.pt"))
     assert tree("out") == before
+
+
+def test_L_a_folder_may_be_spelled_in_other_ways_on_resume(folder, monkeypatch):
+    monkeypatch.setattr(Run, "finish", lambda *args: exit(3))
+    with pytest.raises(SystemExit):
+        sft(out="a/new")
+    os.symlink("a/new", "link")
+    for data, out in (("data/", "a/new/"), (str(folder / "data"), str(folder / "a/new")), ("./data", "link")):
+        with pytest.raises(SystemExit) as end:
+            train_sft.main(train_sft.Config(data=data, out=out, resume=True, **SIZES))
+        assert end.value.code == 3
+    with pytest.raises(UserError, match="--out is empty"):
+        sft(out="")
 
 
 def test_L_data_and_results_may_share_a_folder(folder):
@@ -408,6 +463,9 @@ def changes(state):
     for x in (None, -1, "x", {}, {"size": -1, "crc": 0}, {"size": "1", "crc": 0}, {"size": 10**9, "crc": 0}):
         yield put(["log"], x)
     yield put(["start"], None)
+    yield put(["start", "--seed"], torch.zeros(3))
+    for x in (0, state["step"] - 1, state["step"] + 1):
+        yield put(["step"], x)
     for name, part in state["parts"].items():
         for x in (None, 3, [], {}, "x", torch.zeros(3), {"left": None}, {"left": [10**9]}, {"left": [-1]}):
             yield put(["parts", name], x)
@@ -418,6 +476,7 @@ def changes(state):
             yield put(["parts", name, "state", first, "exp_avg_sq"],
                       torch.full_like(part["state"][first]["exp_avg_sq"], -1.0))
             yield put(["parts", name, "state", 999], part["state"][first])
+            yield put(["parts", name, "state", first, "step"], torch.tensor(0.0))
             yield put(["parts", name, "param_groups"], [])
             for key, x in (("betas", None), ("eps", "x"), ("lr", math.nan), ("params", [5]), ("fused", None)):
                 yield put(["parts", name, "param_groups", 0, key], x)
@@ -510,6 +569,16 @@ def test_P_what_is_written_beside_follows_no_link_and_leaves_nothing(tmp_path):
         file.write(b"newer")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ["precious", "x.pt", "x.pt.party", f"x.pt.part{os.getppid()}"])
+
+
+@pytest.mark.parametrize("name", [".lock", "sft.state.jsonl"])
+def test_P_neither_lock_nor_log_are_written_through_a_link(folder, name):
+    Path("precious").write_text("mine")
+    Path("new").mkdir()
+    os.symlink(folder / "precious", f"new/{name}")
+    with pytest.raises(UserError, match="link"):
+        sft(out="new")
+    assert Path("precious").read_text() == "mine"
 
 
 def test_P_the_folder_is_flushed_after_a_rename(tmp_path, monkeypatch):

@@ -119,6 +119,13 @@ def test_without_config_heads_are_64_wide(tiny, tmp_path, capsys):
     assert "n_head is set to 128/64" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("width", [16, 96])
+def test_without_config_other_widths_tell_of_it(tiny, tmp_path, width):
+    tensors, _, _ = raw(tiny, tmp_path, d_model=width, n_head=2)
+    refused(folder_of(tensors, None, tmp_path), tmp_path,
+            f"config.json is missing, and n_head can't be guessed: n_embd {width} is not a multiple of 64")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_becomes_float32(tiny, tmp_path, dtype):
     tensors, config, _ = raw(tiny, tmp_path)

@@ -158,10 +158,10 @@ def test_B10_same_seed_same_run(made, run, tmp_path):
     for _ in range(2):
         train(made / "data", tmp_path)
     assert names(tmp_path) == sorted(f"{stage}{end}" for stage in ("sft", "rm", "ppo") for end in (
-        ".pt", ".prev.pt", ".jsonl", ".prev.jsonl", ".finished.pt"))
+        ".pt", ".prev.pt", ".log.jsonl", ".log.prev.jsonl", ".finished.pt", ".finished.prev.pt"))
     for stage, kind in (("sft", GPT), ("rm", RewardModel), ("ppo", GPT)):
         for end in ("", ".prev"):
-            assert steps(tmp_path / f"{stage}{end}.jsonl") == steps(made / f"out/{stage}.jsonl")
+            assert steps(tmp_path / f"{stage}.log{end}.jsonl") == steps(made / f"out/{stage}.log.jsonl")
             a, b = load(kind, tmp_path / f"{stage}{end}.pt"), load(kind, made / f"out/{stage}.pt")
             assert same_weights(a, b)
     assert steps(run(seed=2) / "ppo.log.jsonl") != steps(made / "out/ppo.log.jsonl")
@@ -183,7 +183,8 @@ def test_what_saves_memory_changes_no_result(made, tmp_path, how):
     shutil.copy(made / "out/sft.pt", tmp_path)
     train_rm.main(train_rm.Config(**where, **RM, **how))
     for name in ("sft", "rm"):
-        for a, b in zip(steps(tmp_path / f"{name}.jsonl"), steps(made / f"out/{name}.jsonl"), strict=True):
+        logs = (steps(folder / f"{name}.log.jsonl") for folder in (tmp_path, made / "out"))
+        for a, b in zip(*logs, strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
     a, b = (load(RewardModel, folder / "rm.pt").state_dict() for folder in (tmp_path, made / "out"))
     for name in a:
@@ -194,8 +195,8 @@ def test_what_saves_memory_changes_no_result(made, tmp_path, how):
 def test_bf16_runs_all_stages_and_learns_the_same(made, tmp_path, spy):
     prepared = [spy(script, "prepare") for script in (train_sft, train_rm, ppo)]
     train(made / "data", tmp_path, bf16=True)
-    assert [len(calls) for calls in prepared] == [1, 2, 4]  # the models of each stage
-    assert all(cfg.bf16 for calls in prepared for (_, _, cfg), _ in calls)
+    flagged = [[args[2].bf16 for args, _ in calls if len(args) == 3] for calls in prepared]
+    assert flagged == [[True], [True] * 2, [True] * 4]  # the models of each stage; others are self-checked
     a, b = (lines(folder / "sft.log.jsonl")[-1]["report"]["val_loss"] for folder in (tmp_path, made / "out"))
     assert a != b and a == pytest.approx(b, rel=0.02)
     assert steps(tmp_path / "ppo.log.jsonl")[0]["kl"] == 0
@@ -475,7 +476,7 @@ def test_P30_a_reward_function_moves_the_letter_a(tmp_path, sign, target):
     settings = {"updates": 40, "batch": 32, "minibatches": 1, "epochs": 4, "lr": 2e-3, "critic_lr": 2e-3,
                 "micro_batch": 1024, "update_kl": 0.1, "reward": f"{tmp_path / 'mine.py'}:more_a"}
     ppo.main(ppo.Config(**where, **PPO | settings))
-    assert "mine.py" in files_read(tmp_path / "ppo.finished.pt")
+    assert "mine.py" not in files_read(tmp_path / "ppo.finished.pt")  # a bug in it may be mended on resume
     tokens, lengths, share = torch.tensor([list(b"x:")] * 200), torch.full((200,), 2), {}
     for name in ("sft", "ppo"):
         gpt = load(GPT, tmp_path / f"{name}.pt")

@@ -234,6 +234,73 @@ def test_a_function_that_fails_loses_nothing(start, here, code, said):
     assert same_weights(whole, resumed) and log.splitlines()[1:] == other.splitlines()[1:]
 
 
+ODD_NUMBER = """class Odd:
+        def __repr__(self):
+            REPR
+        def METHOD(self, *name):
+            HERE
+    return [Odd() for r in responses]"""
+
+
+@pytest.mark.parametrize("method, here, in_repr, said", [
+    ("__float__", "1 / 0", "return ''", "raised ZeroDivisionError"),
+    ("__float__", "raise SystemExit(0)", "return ''", "called sys.exit"),
+    ("__str__", "return ''", "raise SystemExit(0)", "called sys.exit"),
+    ("item", "raise KeyError", "return ''", "raised KeyError"),
+    ("__getattr__", "raise RuntimeError", "return ''", "it returned  as number 1"),
+    ("__getattr__", "raise KeyError", "return ''", "raised KeyError")])
+def test_numbers_of_the_users_that_fail_lose_nothing(start, method, here, in_repr, said):
+    source = ODD_NUMBER.replace("METHOD", method).replace("HERE", here).replace("REPR", in_repr)
+    source = source.replace("\n    ", "\n        ")
+    code, out, err = start(FAILS.replace("HERE", source), save_every=0)
+    last = err.strip().splitlines()[-1]
+    assert code == 1 and said in last and "step 2 of 3 is saved; rerun with --resume" in last, err
+    assert "lib/rewards.py" not in err and "mine.py" in err
+
+
+def test_values_that_are_too_large_lose_nothing(start):
+    assert start(COUNT, out="whole", reward_scale="none")[0] == 0
+    source = FAILS.replace("HERE", "return [3e38 * (-1) ** i for i in range(len(responses))]")
+    code, out, err = start(source, save_every=0, reward_scale="none")
+    assert code == 1 and "returned values that are too large, such as 3e+38" in err, err
+    assert "step 2 of 3 is saved; rerun with --resume" in err and "--lr" not in err
+    (start.folder / "mended").touch()
+    assert start(None, "--resume", save_every=0, reward_scale="none")[0] == 0
+    (whole, log), (resumed, other) = result(start.folder, "whole"), result(start.folder)
+    assert same_weights(whole, resumed) and log.splitlines()[1:] == other.splitlines()[1:]
+
+
+@pytest.mark.parametrize("scale", [Scale(64, 0.0, 64.0), Scale(64, 0.0, 1e-9), Scale()])
+def test_values_that_are_too_large_once_scaled_leave_the_scale_as_it_was(scale):
+    was = dict(vars(scale))
+    score = TextScore(lambda p, r: [3e38, -3e38, 0], "mine.py:f", BYTES, scale)
+    tokens, lengths = pad([[97, 97, BYTES.eos if scale.n else 97]] * 3)
+    with pytest.raises(UserError, match="values that are too large, such as 3e.38: scaled, they must"):
+        score(tokens, lengths, torch.ones(3, dtype=torch.long))
+    assert vars(scale) == was
+
+
+def test_a_function_that_deletes_its_working_folder_changes_nothing(start):
+    source = ("import os, tempfile\ndef f(prompts, responses):\n    os.chdir(tempfile.mkdtemp())\n"
+              "    os.rmdir(os.getcwd())\n    return [0 for r in responses]\n")
+    code, out, err = start(source)
+    assert code == 0 and (start.folder / "out/ppo.pt").exists(), err
+    before = os.getcwd()
+    (start.folder / "gone").mkdir()
+    try:
+        os.chdir(start.folder / "gone")
+        with pytest.raises(UserError, match="the working folder .* is gone"), user_code("x"):
+            os.chdir("/")
+            os.rmdir(start.folder / "gone")
+        (start.folder / "gone").mkdir()
+        os.chdir(start.folder / "gone")
+        os.rmdir(start.folder / "gone")
+        with user_code("x"):
+            pass
+    finally:
+        os.chdir(before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("at, updates, step", [(1, 3, 0), (4, 3, 3), (11, 12, 10), (12, 12, 10)])
 def test_a_function_that_fails_at_any_call_loses_nothing(start, at, updates, step):

@@ -4,11 +4,13 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
 from statistics import mean
 
 import pytest
 
-from data import stories
+from data import files, stories
 from data.examples import open_data
 from data.files import UserError
 from data.records import read_preferences, read_prompts, read_sft
@@ -289,6 +291,39 @@ def test_two_processes_may_make_the_stories_at_once(tmp_path, monkeypatch):
         replace(beside, folder)
     monkeypatch.setattr(os, "replace", second)
     assert (stories.make(tmp_path / "new") / "sft.jsonl").read_text() == "the other's"
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+
+
+def test_many_processes_may_delete_a_dead_ones_folder(tmp_path):
+    """Six at once, on what killed ones left: whoever comes second must not miss what the first deleted."""
+    script = (f"import sys; sys.path.insert(0, {os.getcwd()!r})\nfrom pathlib import Path\n"
+              f"from data import stories\nstories.SIZES = {SMALL | {'preferences': 100}}\n"
+              "sys.stdin.read()\nstories.make(Path(sys.argv[1]))")
+    for trial in range(3):
+        for pid in range(10**9, 10**9 + 20):
+            (tmp_path / f"{trial}.part{pid}").mkdir()
+            for i in range(40):
+                (tmp_path / f"{trial}.part{pid}" / f"{i}").touch()
+        runs = [subprocess.Popen([sys.executable, "-c", script, tmp_path / f"{trial}"], stdin=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True) for _ in range(6)]
+        for run in runs:
+            run.stdin.close()  # all wait for this
+        said = [(run.stderr.read(), run.wait()) for run in runs]
+        assert said == [("", 0)] * 6
+        assert len(list((tmp_path / f"{trial}").iterdir())) == len(SMALL)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2"]
+
+
+def test_a_dead_ones_folder_that_vanishes(tmp_path, monkeypatch):
+    """Another process deletes it just after this one has found it."""
+    monkeypatch.setattr(stories, "SIZES", SMALL)
+    (tmp_path / "new.part1000000000").mkdir()
+
+    def dead(pid):
+        (tmp_path / f"new.part{pid}").rmdir()
+        return False
+    monkeypatch.setattr(files, "_alive", dead)
+    stories.make(tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 

@@ -15,6 +15,7 @@ import torch
 
 from data import tokenizer
 from data.files import UserError
+from data.records import read_sft
 from data.tokenizer import from_spec, get_tokenizer, main, save_bpe, train_bpe
 
 CACHE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tiktoken"
@@ -109,6 +110,35 @@ def test_lone_surrogate_and_blanks(bpe):
     assert len(get_tokenizer("bytes").encode(" \n" * 100_000 + "x")) == 200_001
     with pytest.raises(UserError, match="whitespace characters in a row"):
         bpe.encode("\n" * 1_000_000 + "x")  # tiktoken would panic without our check
+
+
+LONG_WORDS = ["ab" * 10_001, " " + "7" * 20_001, "!" * 20_001, "x " * 5_000 + "\u6f22" * 20_001 + " x",
+              "a" * 20_001, "." * 20_000 + "a" * 20_001, "x, " * 6_666 + "a" * 20_001 + ".",
+              "1" + "a" * 20_001, "\n-" + "a" * 20_001, "ab" * 300_000]
+
+
+@pytest.mark.parametrize("text", LONG_WORDS, ids=lambda text: f"{text[:3]!r}, {len(text)}")
+def test_a_long_word_is_refused(bpe, tmp_path, capsys, text):
+    """tiktoken's time for a word grows with the square of its length: minutes for 600,000 characters."""
+    says = "the text has a word of more than 20000 characters"
+    with pytest.raises(UserError, match=f"^{says}$"):
+        bpe.encode(text)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "p", "completion": c}) for c in ("good", text)))
+    with pytest.raises(UserError, match=f"{path}:2: {says}"):
+        read_sft(path)
+    assert read_sft(path, skip_bad=True) == [("p", "good")]
+    capsys.readouterr()
+    assert main(["train", "--out", str(tmp_path / "o"), str(path)]) == 1
+    assert f"{path}:2: {says}" in say(capsys)
+
+
+def test_texts_without_long_words_are_encoded_as_before(bpe):
+    longest = "ab" * 10_000
+    for text in (longest, f" {longest} {longest}\n{longest}", "a1!" * 20_000, "low " * 20_000, f"7{longest}!",
+                 "it's" * 20_000):
+        assert bpe.encode(text) == bpe.encoding.encode_ordinary(text)
+        assert bpe.decode(bpe.encode(text)) == text
 
 
 def test_prompt_and_completion_apart(bpe):

@@ -284,6 +284,9 @@ def configure(tensors, rows, source):
         check_config(asked, found, rows, path)
         n_head = asked["n_head"]
     else:
+        if C % 64:
+            raise UserError(f"{path} is missing, and n_head can't be guessed: n_embd {C} is not a multiple "
+                            "of 64, as in every GPT-2")
         n_head = C // 64
         print(f"no {path}: n_head is set to {C}/64, as in every GPT-2; other sizes are read from the shapes")
     if not n_head or C % n_head:
