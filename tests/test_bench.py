@@ -25,6 +25,8 @@ from tools.bench_jobs import (
 )
 from tools.bench_plan import MODELS, count_bytes, largest, parameters, saved_floats
 
+pytestmark = pytest.mark.slow
+
 TINY = Shape(n_layer=2, n_head=2, d_model=16, vocab_size=40, prompt=6, response=5, batch=4)
 CPU = torch.device("cpu")
 
@@ -46,7 +48,6 @@ def leaves(x):
     return [leaf for value in x.values() for leaf in leaves(value)] if isinstance(x, dict) else [x]
 
 
-@pytest.mark.slow
 def test_it_finishes(tiny_world, tmp_path, capsys):
     bench.main(Config(shape="tiny", repeats=1, device="cpu", json=str(tmp_path / "b.json")))
     result = json.loads((tmp_path / "b.json").read_text())
@@ -69,7 +70,6 @@ def test_prompts_are_as_ragged_as_the_peers():
     assert all(len(row) == P + 5 for row, P in random_rows(TINY))
 
 
-@pytest.mark.slow
 def test_padding_is_not_counted():
     assert sft_job(TINY, CPU)["SFT step"].tokens == 4 * 5
     assert rm_job(TINY, CPU)["reward-model step"].tokens == 6 + 5 + 4 + 6 + 4 * 5
@@ -136,7 +136,6 @@ def test_texts_end_at_lengths_that_vary():
 
 # ---- the plan ----
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, expected", [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
                                             ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
 def test_plan_knows_the_published_sizes(name, expected):
@@ -257,7 +256,6 @@ def test_one_line_for_the_peers(tiny_world, capsys):
 
 # ---- in processes of their own ----
 
-@pytest.mark.slow
 def test_peers_from_any_folder(tmp_path, monkeypatch, capsys):
     """Ours runs in the project root wherever bench was started, theirs in an empty folder."""
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,8 @@ import pytest
 from data.files import UserError
 from data.records import read_preferences, read_prompts, read_sft
 
+pytestmark = pytest.mark.slow
+
 USER, SAYS = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 GOOD = {  # the reader, a line in each form, and the columns that are read
     "prompt": (read_prompts, {"prompt": "Say it."}, ["prompt"]),

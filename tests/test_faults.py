@@ -28,6 +28,8 @@ from lib.common import Log, set_lr
 from lib.resume import Run
 from model import GPT, RewardModel
 
+pytestmark = pytest.mark.slow
+
 ODD = ["", " ", "\n", "é漢🙂", "x" * 100, "a:", "\n\nHuman: hi\n\nAssistant:"]
 RM = {"batch_tokens": 512, "device": "cpu", "max_new_tokens": 8}
 
@@ -173,7 +175,6 @@ def test_H_everything_is_read_before_the_first_step(folder, monkeypatch, name):
         rm()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage, evaluation", [
     (sft, (train_sft, "evaluate")), (rm, (train_rm, "report_pairs")), (ppo_main, (ppo, "evaluate"))])
 def test_H_a_stop_in_the_last_evaluation_loses_nothing(folder, monkeypatch, stage, evaluation):
@@ -247,7 +248,6 @@ def shell(command, *flags, env=None):
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", [
     "RUN > /dev/full", "RUN >&-", "RUN 2>&-", "RUN <&- >&- 2>&-", "RUN | head -1", "RUN 2>&1 | head -c 1",
     "PYTHONIOENCODING=ascii RUN"])
@@ -260,7 +260,6 @@ def test_I_printing_never_decides_about_saving(folder, command):
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("streams", ["> /dev/null", "2>&-", "2>&1 | true"])
 def test_I_a_signal_saves_whatever_became_of_the_output(folder, number, streams):
@@ -332,7 +331,6 @@ def test_J_a_generation_stays_together_when_a_run_is_repeated(folder):
 
 # ---- K, L: one run a folder, and no file that is read is written ----
 
-@pytest.mark.slow
 def test_K_a_second_run_says_who_holds_the_folder(folder):
     code = (f"import sys, time; sys.path[:0] = [{str(ROOT)!r}]; "
             "from pathlib import Path; from lib.resume import lock; "
@@ -351,7 +349,6 @@ def test_K_a_second_run_says_who_holds_the_folder(folder):
     sft(epochs=0.1)  # released by the kernel
 
 
-@pytest.mark.slow
 def test_K_a_forked_child_does_not_hold_the_folder(folder):
     held = resume.lock(Path("new"))
     child = os.fork()
@@ -485,7 +482,6 @@ def changes(state):
             yield put(["parts", "now", "kl_coef"], x)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, stage", [("sft", sft), ("rm", rm), ("ppo", ppo_main)])
 def test_N_a_state_is_checked_before_anything_is_loaded(stopped, monkeypatch, name, stage):
     monkeypatch.chdir(stopped)
@@ -536,7 +532,6 @@ def test_O_a_checkpoint_that_does_not_fit_itself_is_refused(folder):
             load_tokenizer(path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("junk", [b"]", b"\x8f", b"}", b"(", b"K\x01", b"N"])
 def test_O_a_pickle_that_eats_memory_is_refused_at_once(tmp_path, junk):
     path = tmp_path / "x.pt"

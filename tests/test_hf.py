@@ -20,6 +20,8 @@ from lib import checkpoint
 from model import GPT, RewardModel
 from tools import hf
 
+pytestmark = pytest.mark.slow
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers would otherwise ask for a chat template
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT.parent / "shared" / "tiktoken"
@@ -391,7 +393,6 @@ def test_padding_of_the_vocabulary_is_dropped_and_printed(tiny, tmp_path, capsys
             "padding and are dropped\n") in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_gpt2_padded_to_50304(tiny, tmp_path, gpt2):
     tensors, config, gpt = raw(tiny, tmp_path)
     wte = torch.randn(50304, 8)
@@ -473,7 +474,6 @@ def test_shards_are_one_model(tiny, tmp_path, name):
         assert torch.equal(imported(source, tmp_path)(tokens), gpt(tokens))
 
 
-@pytest.mark.slow
 def test_shards_of_transformers(tmp_path, transformers):
     config = transformers.GPT2Config(vocab_size=257, n_positions=8, n_embd=8, n_layer=2, n_head=2,
                                      bos_token_id=256, eos_token_id=256)
@@ -547,7 +547,6 @@ def test_an_index_that_is_no_json_or_huge(tiny, tmp_path, monkeypatch):
     refused(folder, tmp_path, "index.json: not JSON")
 
 
-@pytest.mark.slow
 def test_the_command_line_says_one_sentence(tmp_path):
     (tmp_path / "x.bin").write_bytes(pickle.dumps(Code()))
     command = [sys.executable, "-m", "tools.hf", "import", "x.bin", "x.pt", "--tokenizer", "bytes"]
@@ -670,7 +669,6 @@ def test_transformers_scores_a_padded_batch_alike(transformers, tiny, tmp_path, 
                                rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_merges_lead_to_every_token(gpt2):
     """50000 merges after the 256 bytes, in the order of their ranks, each of two tokens known before."""
     files, ranks = hf.their_tokenizer(gpt2, None), gpt2.encoding._mergeable_ranks
@@ -682,7 +680,6 @@ def test_merges_lead_to_every_token(gpt2):
     assert hf.halves(b" the", ranks) == [b" t", b"he"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pad", [False, True])
 def test_auto_tokenizer_encodes_alike(transformers, gpt2, tiny, tmp_path, pad):
     gpt = tiny(vocab_size=50257)

@@ -21,6 +21,8 @@ from data.tokenizer import get_tokenizer, train_tokenizer
 from lib.checkpoint import load, load_tokenizer, save
 from model import GPT, GPTConfig, RewardModel
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CORRUPT = "is not an onetrunk checkpoint, or is corrupt"
 FIT = "the weights do not fit this model.py"

@@ -13,6 +13,8 @@ from data.convert import FILES
 from data.files import UserError
 from data.reviews import Sentence
 
+pytestmark = pytest.mark.slow
+
 REAL = Path(__file__).resolve().parents[2] / "shared/data/vader/hutto_ICWSM_2014.tar.gz"
 FOLDER = "hutto_ICWSM_2014"
 PEOPLE = "Actors Writers Dancers Critics Children Robots Sailors Bakers Pilots Ghosts".split()
@@ -402,7 +404,6 @@ def real(tmp_path_factory):
     return load(target), reviews.parse(reviews.read_source(REAL))
 
 
-@pytest.mark.slow
 def test_real_split(real):
     data, sentences = real
     train, val = sides(data)
@@ -415,7 +416,6 @@ def test_real_split(real):
     assert not any("''" in t or "&amp;" in t or "  " in t or "\ufffd" in t for t in whole)
 
 
-@pytest.mark.slow
 def test_real_preferences(real):
     data, sentences = real
     mean = {s.text: s.mean for s in sentences}
@@ -429,7 +429,6 @@ def test_real_preferences(real):
     assert -1 < sum(s.mean for s in sentences[:100]) / 100 < 1
 
 
-@pytest.mark.slow
 def test_real_people(real):
     _, sentences = real
     sizes = [len(s.ratings) for s in sentences]

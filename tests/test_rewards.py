@@ -27,6 +27,8 @@ from lib.user_code import import_function, user_code
 from model import GPT, RewardModel
 from ppo import adapt_kl_coef
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -85,7 +87,6 @@ def result(folder, out="out"):
 
 # ---- D: how the function is called ----
 
-@pytest.mark.slow
 def test_one_call_a_rollout_in_the_order_of_the_prompts(start):
     """Not in pieces of --micro-batch, sorted by length: a function may compare all responses of a rollout."""
     source = ("import json\ndef f(prompts, responses):\n"
@@ -189,7 +190,6 @@ change()
 """
 
 
-@pytest.mark.slow
 def test_a_function_that_changes_its_lists_changes_nothing(start):
     """Nor does one that seeds torch, sets its dtype, device, threads, grad mode, or the working folder."""
     assert start(COUNT, out="plain")[0] == 0
@@ -212,7 +212,6 @@ def f(prompts, responses):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("here, code, said", [
     ("raise ZeroDivisionError('mine')", 1, "raised ZeroDivisionError"),
     ("import sys; sys.exit()", 1, "called sys.exit"), ("import sys; sys.exit(0)", 1, "called sys.exit"),
@@ -301,7 +300,6 @@ def test_a_function_that_deletes_its_working_folder_changes_nothing(start):
         os.chdir(before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at, updates, step", [(1, 3, 0), (4, 3, 3), (11, 12, 10), (12, 12, 10)])
 def test_a_function_that_fails_at_any_call_loses_nothing(start, at, updates, step):
     """In the first update, the evaluation at the end, that after update 10, and the update after it."""
@@ -315,7 +313,6 @@ def test_a_function_that_fails_at_any_call_loses_nothing(start, at, updates, ste
     assert same_weights(whole, resumed) and log.splitlines()[1:] == other.splitlines()[1:]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at, step", [(2, 2), (4, 3)])
 def test_a_signal_within_the_function_is_not_its_fault(start, at, step):
     """In an update that ends first; in the evaluation after the last one, which is left at once."""
@@ -376,7 +373,6 @@ def f(prompts, responses):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mine.py", "model.py", "torch.py", "ppo.py", "data.py", "random.py",
                                   "my-file.py", "lib.py"])
 def test_a_reward_file_is_a_module_like_any_other(start, name):
@@ -457,7 +453,6 @@ def test_a_scale_of_single_responses_and_of_none():
     assert scale.n == 64 and scale.sd == pytest.approx(x.std(correction=0).item())
 
 
-@pytest.mark.slow
 def test_the_run_is_the_same_whatever_the_scale_of_the_rewards(start):
     """Reward x 128 and 50 lower: the same weights to rounding, the same scores; the log says the units."""
     weights, scores = [], []
@@ -476,7 +471,6 @@ def test_the_run_is_the_same_whatever_the_scale_of_the_rewards(start):
             assert torch.allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_before_and_after_are_in_the_same_units(start):
     """A reward that never changes with the policy: the held-out texts score the same before and after."""
     source = "def f(prompts, responses):\n    return [1000.0 * len(p) for p in prompts]\n"
@@ -565,7 +559,6 @@ def test_a_gain_that_is_only_the_missing_end_is_warned_of(before, after, warned)
     assert bool(gain_from_ends(evaluated(*before), evaluated(*after))) == warned
 
 
-@pytest.mark.slow
 def test_a_reward_far_from_any_unit_is_warned_of(start):
     """x 100 without the scale: the critic stays useless, and a warning says so, once."""
     source = "def f(prompts, responses):\n    return [100.0 * len(r) - 5000 for r in responses]\n"
@@ -586,7 +579,6 @@ def test_K10_an_update_changes_the_coefficient_by_a_fifth_at_most(kl, n, horizon
     assert adapt_kl_coef(coef, 1e9, 6.0, 64, 64) > coef or coef == 1e9  # it never stays where it is for ever
 
 
-@pytest.mark.slow
 def test_kl_target_with_a_short_horizon(start):
     code, out, err = start(COUNT, kl_target=6, kl_horizon=1, updates=8)
     coefs = [0.035, *(line["kl_coef"] for line in steps(start.folder / "out/ppo.log.jsonl"))]
@@ -645,7 +637,6 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(start, made, mor
     assert code == 1 and said in err and err.count("\n") == 1 and "/3 " not in out, out + err
 
 
-@pytest.mark.slow
 def test_init_refuses_a_size_that_is_the_default_but_not_its_own(made, tmp_path):
     args = [str(ROOT / "train_sft.py"), "--init", str(made / "out/sft.pt"), "--data", str(made / "data"),
             "--out", str(tmp_path), "--n-layer", "4"]

@@ -18,6 +18,8 @@ from lib import common, fast, memory
 from lib.generate import generate
 from model import GPT, GPTConfig
 
+pytestmark = pytest.mark.slow
+
 GB = 10**9
 
 
@@ -40,7 +42,6 @@ def folder(tmp_path):
 
 # ---- --compile ----
 
-@pytest.mark.slow
 @pytest.mark.parametrize("broken, says", [
     ({"PATH": "/nowhere"}, "No working C++ compiler found"),
     ({"CXX": "/nowhere/g++"}, "No working C++ compiler found"),
@@ -223,7 +224,6 @@ cli(module.main, module.Config)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs ulimit -v")
 @pytest.mark.parametrize("reserve, more, says", [
     (2**27, 60, "a network of .* would take .* and beside the libraries `ulimit -v` leaves 0 MB; lower"),
@@ -239,7 +239,6 @@ def test_too_little_memory_is_one_sentence(folder, reserve, more, says):
     assert re.match(f"train_sft.py: {says}", done.stderr)
 
 
-@pytest.mark.slow
 def test_absurd_sizes_on_the_command_line(folder):
     done = script("train_sft.py", "--out", folder / "out", "--block-size", 2147483648)
     assert one_sentence(done) and "lower --block-size" in done.stderr and not (folder / "out").exists()

@@ -20,6 +20,8 @@ from lib.checkpoint import load, save
 from lib.generate import generate
 from model import GPT, RewardModel
 
+pytestmark = pytest.mark.slow
+
 LOOP = [sys.executable, str(ROOT / "sample.py"), "--device", "cpu", "--n", "1", "--ckpt"]
 ARGS = {"prompt": None, "ckpt": "", "reward": None, "chat": None, "n": None, "best_of": 0, "temperature": 1.0,
         "top_k": None, "top_p": None, "max_new_tokens": 16, "seed": 1, "device": "cpu"}
@@ -73,7 +75,6 @@ def run(path, *flags, typed=b"", **how):
 
 # ---- a loop that survives ----
 
-@pytest.mark.slow
 def test_a_line_that_is_too_long_is_one_sentence_and_the_loop_goes_on(checkpoint):
     done = run(checkpoint(), "--max-new-tokens", "8", typed=b"x" * 5000 + b"\nhello\n")
     assert done.returncode == 0 and done.stdout.count(b">>") == 2
@@ -86,7 +87,6 @@ def test_a_line_that_cannot_be_encoded_is_one_sentence_and_the_loop_goes_on(chec
     assert seen == ["hello"] and "whitespace characters in a row" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_bytes_that_are_no_text_are_replaced(checkpoint):
     path = checkpoint()
     done = run(path, "--max-new-tokens", "4", typed=b"\xff\xfe\x80\n\x00\x01\n")
@@ -104,7 +104,6 @@ def test_ctrl_c_stops_the_answer_and_only_at_the_prompt_the_loop(checkpoint, scr
     assert out == ">>yes\n\n\n" and err == "\nstopped; Ctrl-C once more to end\n"
 
 
-@pytest.mark.slow
 def test_ctrl_c_as_a_signal(checkpoint):
     path = checkpoint(block_size=50_000)
     child = subprocess.Popen([*LOOP, path, "--max-new-tokens", "25000"], stdin=-1, stdout=-1, stderr=-1)
@@ -143,7 +142,6 @@ def test_the_loop_ends_without_a_word(checkpoint, scripted, capsys, typed):
     assert out.strip() == ">>yes" and not err
 
 
-@pytest.mark.slow
 def test_a_closed_standard_input_is_one_sentence(checkpoint):
     done = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *LOOP, checkpoint()], capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
@@ -253,7 +251,6 @@ def test_when_a_model_is_talked_to_in_turns(checkpoint, share, flag, chat):
     assert sample.takes_turns(load(GPT, checkpoint(chat=share)), args_of(chat=flag)) is chat
 
 
-@pytest.mark.slow
 def test_chat_with_a_model_that_saw_no_messages_is_refused(checkpoint):
     done = run(checkpoint(chat=0.0), "--chat", "Hi")
     assert done.returncode == 1 and not done.stdout
@@ -313,7 +310,6 @@ def test_what_would_control_a_terminal_is_written_out_there_and_kept_in_a_file()
     assert done.stdout.decode() == "\x1b]0;x\x07 \x9b2J é\tß\r \u202e \x7f\n"
 
 
-@pytest.mark.slow
 def test_the_loop_on_a_terminal(checkpoint):
     """A prompt that is read with the terminal's own line editor; its bytes may be no text."""
     pty = pytest.importorskip("pty")

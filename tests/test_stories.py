@@ -294,6 +294,7 @@ def test_two_processes_may_make_the_stories_at_once(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
+@pytest.mark.slow
 def test_many_processes_may_delete_a_dead_ones_folder(tmp_path):
     """Six at once, on what killed ones left: whoever comes second must not miss what the first deleted."""
     script = (f"import sys; sys.path.insert(0, {os.getcwd()!r})\nfrom pathlib import Path\n"
