@@ -16,6 +16,8 @@ from data.files import Progress, UserError, json_object, printable
 from data.records import ANSWER, QUESTION, read_preferences, read_prompts, read_sft
 from data.tokenizer import LONGEST_BLANK, from_spec, get_tokenizer, train_bpe
 
+pytestmark = pytest.mark.slow
+
 SFT, PREF, PROMPTS = read_sft, read_preferences, read_prompts
 HI, YES, NO = ({"role": role, "content": text} for role, text in
                (("user", "hi"), ("assistant", "yes"), ("assistant", "no")))
@@ -240,7 +242,6 @@ VALUES = {"messages": [HI, YES], "responses": [" r", " s"], "ranks": [1, 0], "ra
     name: f" {name}" for name in ("prompt", "completion", "text", "chosen", "rejected", "preference")}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("first, second", itertools.permutations(VALUES, 2))
 def test_no_pair_of_columns_is_read_in_silence(write, capsys, first, second):
     """Any two columns, beside a good line of each file or alone: an error, read, or named."""
@@ -331,7 +332,6 @@ def test_the_tokenizer_refuses_blanks_before_it_trains(tmp_path, capsys, monkeyp
 
 # ---- long training says how far it is ----
 
-@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [False, True])
 def test_training_on_a_long_word_says_how_far_it_is(capsys, monkeypatch, terminal):
     """One word of 80 kB, by a clock that runs on by 11 s whenever it is looked at."""
@@ -407,7 +407,6 @@ def test_a_tokenizers_name_is_printed_safely(tmp_path, capsys):
     assert get_tokenizer(out).name == printable(out)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("module, name", [("hh", "x.jsonl"), ("tldr", "train.jsonl"), ("reviews", "x")])
 def test_the_data_sets_print_names_safely(tmp_path, module, name):
     folder = tmp_path / ("in" + ESCAPE)

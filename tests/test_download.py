@@ -8,6 +8,8 @@ import pytest
 from data import download as module
 from data.files import UserError
 
+pytestmark = pytest.mark.slow
+
 BODY = bytes(i * 7 % 251 for i in range(300_000))
 
 

@@ -10,6 +10,8 @@ from data import hh
 from data.convert import FILES
 from data.records import read_preferences, read_prompts, read_sft
 
+pytestmark = pytest.mark.slow
+
 REAL = Path(__file__).resolve().parents[2] / "shared/data/hh/harmless-base-test.jsonl.gz"
 
 

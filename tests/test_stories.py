@@ -16,6 +16,8 @@ from data.files import UserError
 from data.records import read_preferences, read_prompts, read_sft
 from data.stories import BEST, SHARPNESS, ceiling, gold_score, rank, split_sentences
 
+pytestmark = pytest.mark.slow
+
 FRIEND = stories.WORDS["friend"][3]  # the other words below are in every version of the world
 PROMPT = "Tell a story about a fox, a lantern and a river."
 STORY = ["Near the river lived a brave fox.", "The fox found a red lantern under a stone.",
@@ -151,7 +153,6 @@ def test_gold_of_a_prompt_that_asks_for_nothing():
 
 # ---- the rater ----
 
-@pytest.mark.slow
 def test_rank_prefers_by_the_sigmoid_of_the_gap():
     """Within 3 standard deviations, for gaps of all sizes, whatever the order of the list."""
     rng, n = random.Random(1), 3000
@@ -251,7 +252,6 @@ def test_best_ranked_is_better_than_worst_ranked(folder):
     assert first > last + 0.2
 
 
-@pytest.mark.slow
 def test_data_is_the_same_every_time_and_made_once(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stories, "SIZES", SMALL)
     random.seed(123)  # the global generator is not used
@@ -294,7 +294,6 @@ def test_two_processes_may_make_the_stories_at_once(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
 
 
-@pytest.mark.slow
 def test_many_processes_may_delete_a_dead_ones_folder(tmp_path):
     """Six at once, on what killed ones left: whoever comes second must not miss what the first deleted."""
     script = (f"import sys; sys.path.insert(0, {os.getcwd()!r})\nfrom pathlib import Path\n"

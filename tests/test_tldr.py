@@ -8,6 +8,8 @@ from data import tldr
 from data.convert import FILES
 from data.records import read_preferences, read_prompts, read_sft
 
+pytestmark = pytest.mark.slow
+
 
 def post(i, **more):
     return {"id": f"t3_{i}", "subreddit": "tifu", "title": f"title {i}",

@@ -18,6 +18,8 @@ from data.files import UserError
 from data.records import read_sft
 from data.tokenizer import from_spec, get_tokenizer, main, save_bpe, train_bpe
 
+pytestmark = pytest.mark.slow
+
 CACHE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tiktoken"
 TEXT = "low lower lowest, slow slower slowest; naïve 漢字漢字 👩‍👩‍👧 low low\n\n" * 3
 NASTY = ["", " ", "\0", "\n", "\n\n\n\n\n", " \n \t\r\n  x", "a\0b", "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽",
