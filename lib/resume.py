@@ -60,7 +60,7 @@ class Run:
         self.start["--device"] = f"{device} on a machine with {torch.cuda.device_count()} GPUs"
         real = partial(os.path.relpath, start=os.path.realpath(out))  # a path, however it is spelled
         self.start |= {name: real(os.path.realpath(x)) for name, x in self.start.items()
-                       if type(x) is str and x and os.path.exists(x)}
+                       if name in ("--data", "--init", "--judge", "--tokenizer") and os.path.exists(x)}
         self.start |= {real(os.path.realpath(file)): checksum(file) for file in files if file}
         self.saved = self._find() if cfg.resume else None
 
@@ -114,7 +114,7 @@ class Run:
             keep_previous(self.running_log)
             keep_previous(self.path)
         self.log = Log(self.running_log, self.cfg, steps, saved)
-        self.step = saved["step"] if saved else 0
+        self.step = self.saved_step = saved["step"] if saved else 0
         self.handlers = {n: signal.signal(n, self._stop) for n in stop_signals()}
         if saved:
             print(f"resuming after step {self.step} of {steps}")
@@ -179,11 +179,12 @@ class Run:
                           "log": fingerprint(self.running_log, {"size": logged or self.log.file.tell()}),
                           "parts": {name: between[name] if name in between else get_state(part)
                                     for name, part in self.parts.items()}})
+        self.saved_step = step
 
     def _stop(self, number, frame):
         self._restore_handlers()  # a second signal stops at once
         if self.step == self.log.steps:  # no step is left to finish
-            if not self.path.exists():  # nor is anything saved, on a full disk: let the result be written
+            if self.saved_step != self.step:  # nor is the last one saved, on a full disk: write the result
                 return tell("\nwriting the result; once more to stop\n")
             tell(f"\nthe training is done and saved in {self.path}; rerun with --resume to finish\n")
             raise Stopped(128 + number)
@@ -214,7 +215,10 @@ class Run:
         """Whether the mark of a finished run is there, and is that of the result that is there."""
         if not (self.finished.exists() and self.result.exists()):
             return False
-        mark = unpickle(self.finished, {"start"}, "saved state", mmap=False)
+        try:
+            mark = unpickle(self.finished, {"start"}, "saved state", mmap=False)
+        except UserError:  # corrupt, which must not keep the new result from being written
+            return False
         return mark.get("result") == checksum(self.result)
 
 

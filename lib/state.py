@@ -69,16 +69,14 @@ def check_adam(optimizer, state, name):
            for group, our in zip(state["param_groups"], ours["param_groups"], strict=True)):
         raise ValueError(f"{name} has other parameters, or an impossible rate")
     shapes = [p for group in optimizer.param_groups for p in group["params"]]
-    first = next(iter(state["state"].values()), None)
     for i, moments in state["state"].items():
         if type(i) is not int or not 0 <= i < len(shapes):
             raise ValueError(f"{name} has a state for parameter {i!r:.20}")
         check_like({"step": torch.tensor(0.0), "exp_avg": shapes[i].detach().cpu(),
                     "exp_avg_sq": shapes[i].detach().cpu()}, moments, f"{name}.{i}")
-        if moments["step"] != first["step"]:
-            raise ValueError(f"{name}.{i} has taken another number of steps")
-        if moments["step"] < 0 or (moments["exp_avg_sq"] < 0).any():
-            raise ValueError(f"{name}.{i} has a negative step or variance")
+        # steps may differ: a part that gets no gradient in a step, as an expert without tokens, takes none
+        if moments["step"] < 1 or (moments["exp_avg_sq"] < 0).any():
+            raise ValueError(f"{name}.{i} has taken no step, or has a negative variance")
 
 
 def check_plain(ours, theirs, where):

@@ -26,6 +26,7 @@ from lib import resume
 from lib.checkpoint import load, load_tokenizer, save
 from lib.common import Log, set_lr
 from lib.resume import Run
+from lib.state import check_state
 from model import GPT, RewardModel
 
 pytestmark = pytest.mark.slow
@@ -214,13 +215,15 @@ def test_H_the_result_is_saved_before_the_table_is_printed(folder, monkeypatch):
 
 
 def test_H_a_signal_when_the_last_state_did_not_fit_lets_the_result_be_written(folder, monkeypatch, capfd):
-    def full(run, step):
-        raise UserError("out/sft.state.pt could not be written (disk full)")
+    def full(run, step):  # the one before may have fitted
+        if step == run.log.steps:
+            raise UserError("out/sft.state.pt could not be written (disk full)")
+        saved(run, step)
 
-    shipped = Run.finish
+    shipped, saved = Run.finish, Run.save_state
     monkeypatch.setattr(Run, "save_state", full)
     monkeypatch.setattr(Run, "finish", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or shipped(*args))
-    sft(out="new", save_every=0)
+    sft(out="new", save_every=1, batch_tokens=64)
     assert load(GPT, "new/sft.pt") and "writing the result" in capfd.readouterr().err
 
 
@@ -318,6 +321,12 @@ def test_J_failing_starts_keep_the_log_of_an_unfinished_run(folder, monkeypatch)
             sft(out="new", batch_tokens=64, save_every=1)
     assert Path("new/sft.state.prev.pt").read_bytes() == state
     assert Path("new/sft.state.prev.jsonl").read_bytes() == log
+
+
+def test_J_a_corrupt_mark_does_not_keep_the_new_result_from_being_written(folder):
+    Path("out/sft.finished.pt").write_bytes(b"not a mark")
+    sft(epochs=0.1, seed=2)
+    assert Path("out/sft.finished.prev.pt").read_bytes() == b"not a mark" and Path("out/sft.prev.pt").exists()
 
 
 def test_J_a_generation_stays_together_when_a_run_is_repeated(folder):
@@ -506,6 +515,19 @@ def test_N_a_state_is_checked_before_anything_is_loaded(stopped, monkeypatch, na
     with pytest.raises(UserError, match="is not the log of that run"):
         stage(**flags)
     log.write_bytes(text)
+
+
+def test_N_a_part_without_gradient_in_some_steps_may_be_resumed():
+    """As an expert that got no token: AdamW counts its steps apart."""
+    used, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.AdamW([used, idle], lr=0.1)
+    for step in range(3):
+        (used.sum() + (idle.sum() if step == 1 else 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state_dict()
+    assert [moments["step"] for moments in state["state"].values()] == [3, 1]
+    check_state(torch.optim.AdamW([used, idle], lr=0.1), state, "optimizer")
 
 
 def rewritten(path, **changed):
