@@ -21,7 +21,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -33,7 +33,7 @@ from data.examples import encode_demonstrations, encode_prompts, open_data, pad,
 from data.records import read_prompts, read_sft
 from data.tokenizer import Tokenizer
 from lib.checkpoint import load, load_tokenizer
-from lib.checks import check_first_update
+from lib.checks import check_start
 from lib.common import Cycle, Shared, cli, clip_and_step, finite, micro_batches, pick_device
 from lib.fast import prepare
 from lib.generate import generate
@@ -313,19 +313,6 @@ def rollout_stats(batch, tokenizer, world):
             "explained": explained_variance(batch["value"], batch["ret"], mask)}
 
 
-def check_start(models, prompts, cfg, device):
-    """UserError unless, before any step, the KL to the reference is 0 and the ratio 1."""
-    short = replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens))
-    batch = rollout(models.policy, prompts[:8], models.tokenizer.eos, short,
-                    torch.Generator(device).manual_seed(0))
-    unscored = models._replace(score=lambda tokens, lengths, P: torch.zeros(len(tokens), device=device))
-    batch = advantages(assess(batch, unscored, cfg), 0.0, cfg.lam)
-    stats = minibatch_backward(models, batch, range(len(batch["mask"])), cfg)
-    models.policy.zero_grad(set_to_none=True)
-    models.critic.zero_grad(set_to_none=True)
-    check_first_update(batch, stats, exact=device.type == "cpu" and not (cfg.bf16 or cfg.compile))
-
-
 def read_data(folder, models, cfg):
     """Token lists of the prompts to train on and of those held out, and the demonstrations for PPO-ptx."""
     tokenizer, block_size = models.tokenizer, models.policy.config.block_size
@@ -355,7 +342,7 @@ def main(cfg):
     some, some_ptx = Cycle(prompts, cfg.batch, order), Cycle(demonstrations, cfg.batch, order)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
                   for model, lr in ((policy, cfg.lr), (critic, cfg.critic_lr))]
-    check_start(models, prompts, cfg, device)
+    check_start((rollout, assess, advantages, minibatch_backward), models, prompts, cfg, device)
     before = evaluate(models, val, world, cfg, device)
     print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out: {describe(means(before))}")
     print(units(models.score), end="")

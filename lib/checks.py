@@ -1,4 +1,6 @@
 """Self-checks before the first step: model.py still keeps what every stage relies on. All raise UserError."""
+from dataclasses import replace
+
 import torch
 
 from data.examples import pad
@@ -46,13 +48,23 @@ def check_scores(rm):
                         "model.py lets a real token see padding or another row, or reads a wrong position")
 
 
-def check_first_update(batch, stats, exact):
-    """Before any step the KL to the reference is 0 and the ratio 1: `batch` from assess, `stats` from its
-    first backward pass. exact: on a CPU in float32 the same kernels run with and without gradients."""
+def check_start(phases, models, prompts, cfg, device):
+    """Before any step the KL to the reference is 0 and the ratio 1. phases: rollout, assess, advantages and
+    minibatch_backward of ppo.py; nothing is scored, and no gradient stays."""
+    rollout, assess, advantages, minibatch_backward = phases
+    short = replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens))
+    batch = rollout(models.policy, prompts[:8], models.tokenizer.eos, short,
+                    torch.Generator(device).manual_seed(0))
+    unscored = models._replace(score=lambda tokens, lengths, P: torch.zeros(len(tokens), device=device))
+    batch = advantages(assess(batch, unscored, cfg), 0.0, cfg.lam)
     if not torch.equal(batch["logp"], batch["ref_logp"]):
         raise UserError("self-check: the KL to the reference is not 0 before the first step: identical "
                         "weights gave different log-probs; is dropout still on?")
-    limit = 1e-5 if exact else 1e-2
+    stats = minibatch_backward(models, batch, range(len(batch["mask"])), cfg)
+    models.policy.zero_grad(set_to_none=True)
+    models.critic.zero_grad(set_to_none=True)
+    exact = device.type == "cpu" and not (cfg.bf16 or cfg.compile)
+    limit = 1e-5 if exact else 1e-2  # there, other kernels may be taken where gradients are needed
     if abs(stats["ratio"] - 1) > limit or stats["update_kl"] > limit**2:
         raise UserError("self-check: the ratio is not 1 before the first step: the update computes other "
                         "log-probs than the rollout; does model.py depend on gradients being needed?")

@@ -16,7 +16,7 @@ import ppo
 import train_rm
 import train_sft
 from data.files import UserError
-from lib.checks import check_model, check_scores
+from lib.checks import check_model, check_scores, check_start
 from lib.common import Log, finite
 from lib.fast import prepare
 from lib.report import warnings
@@ -31,6 +31,9 @@ def made(tmp_path_factory):
     train_sft.main(train_sft.Config(**where | SIZES, epochs=0.5))
     train_rm.main(train_rm.Config(**where, batch_tokens=512, epochs=0.5))
     return where
+
+
+PHASES = ppo.rollout, ppo.assess, ppo.advantages, ppo.minibatch_backward
 
 
 def hack(monkeypatch, owner, name, change):
@@ -117,7 +120,7 @@ def test_how_near_to_1_the_ratio_must_be_before_ppo_starts(monkeypatch, how, lim
     for by.mean, by.spread, sound in ((.95, 0, True), (-.95, 0, True), (1.05, 0, False), (-1.05, 0, False),
                                       (0, 2.2, True), (0, 2.7, False)):
         with nullcontext() if sound else pytest.raises(UserError, match="the ratio is not 1"):
-            ppo.check_start(models, [[1, 2]] * 8, cfg, CPU)
+            check_start(PHASES, models, [[1, 2]] * 8, cfg, CPU)
     assert all(p.grad is None for p in gpt.parameters())
 
 
@@ -143,7 +146,7 @@ def test_the_checks_take_under_two_seconds_at_the_size_of_the_stories():
     ref = GPT(gpt.config)
     ref.load_state_dict(gpt.state_dict())
     models = toy_models(gpt.eval(), rm)._replace(ref=ref.eval())
-    ppo.check_start(models, [[1, 2, 3]] * 20, ppo.Config(), CPU)
+    check_start(PHASES, models, [[1, 2, 3]] * 20, ppo.Config(), CPU)
     assert time.process_time() - start < 2
     assert all(p.grad is None for p in [*gpt.parameters(), *rm.parameters()])
 

@@ -69,7 +69,8 @@ def test_A_odd_prompts_are_the_same_tokens_in_every_stage(folder, monkeypatch, c
     seen = {}
     monkeypatch.setattr(train_rm, "sample_texts", lambda gpt, prompts, *rest: seen.update(rm=prompts) or [])
     rm()
-    monkeypatch.setattr(ppo, "check_start", lambda models, prompts, *rest: seen.update(ppo=prompts))
+    monkeypatch.setattr(ppo, "check_start", lambda phases, models, prompts, *rest: seen.update(
+        ppo=prompts))
     monkeypatch.setattr(ppo, "evaluate", lambda models, prompts, *rest: seen.update(val=prompts) or exit(0))
     with pytest.raises(SystemExit):
         ppo_main()
