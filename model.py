@@ -142,9 +142,8 @@ class GPT(nn.Module):
     def logps(self, h, targets, temperature=1.0):
         """Log-probability of each target token: h (N,C), targets (N,) -> (N,) float32, in nats.
 
-        The head runs only on the N positions given, and in pieces that are recomputed in the backward
-        pass, so (B,T,V) logits are never held. Equals log_softmax(logits / temperature) gathered at the
-        targets, to rounding.
+        The head runs only on the N positions given, in pieces that are recomputed in the backward pass, so
+        (B,T,V) logits are never held. To rounding, log_softmax(logits / temperature) at the targets.
         """
         def piece(h, targets):
             return -F.cross_entropy(self.lm_head(h).float() / temperature, targets, reduction="none")

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -34,10 +33,10 @@ from data.records import read_prompts, read_sft
 from data.tokenizer import Tokenizer
 from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_start
-from lib.common import Cycle, Shared, cli, clip_and_step, finite, micro_batches, pick_device
+from lib.common import Cycle, Shared, cli, clip_and_step, finite, masked_mean, micro_batches, pick_device
 from lib.fast import prepare
 from lib.generate import generate
-from lib.report import Warnings, describe, gain_from_ends, means, measure, print_table, win_rates
+from lib.report import Warnings, describe, means, measure, print_table, rollout_stats, win_rates
 from lib.resume import Run
 from lib.rewards import Scale, TextScore, in_units, load_reward_model, model_score, scale_of, units
 from lib.user_code import import_function
@@ -89,11 +88,6 @@ class Models(NamedTuple):
 
 
 # ---- the mathematics: pure functions on (B,T-1) ----
-
-def masked_mean(x, mask):
-    """Mean of x where mask is True; values outside the mask, NaN included, are ignored."""
-    return torch.where(mask, x, 0.0).sum() / mask.sum()
-
 
 def whiten(x, mask, shift_mean=True):
     """x with mean 0 and variance 1 under the mask (population variance), 0 elsewhere.
@@ -302,17 +296,6 @@ def evaluate(models, prompts, world, cfg, device):
     return in_units(result, models.score, cfg.no_eos_score)
 
 
-def rollout_stats(batch, tokenizer, world):
-    """Means over a rollout: of responses, or of response tokens under the mask."""
-    seen, mask = measure(batch, tokenizer, world), batch["mask"]
-    raw = {"raw": seen["raw"].mean().item()} if len(seen["raw"]) else {}
-    return {"score": seen["score"].mean().item(), **raw, **({"gold": fmean(seen["gold"])} if world else {}),
-            "kl": seen["kl"].mean().item(),
-            "entropy": -masked_mean(batch["logp"], mask).item(),  # an unbiased estimate, in nats per token
-            "eos": seen["eos"].mean().item(), "length": seen["length"].mean().item(),
-            "explained": explained_variance(batch["value"], batch["ret"], mask)}
-
-
 def read_data(folder, models, cfg):
     """Token lists of the prompts to train on and of those held out, and the demonstrations for PPO-ptx."""
     tokenizer, block_size = models.tokenizer, models.policy.config.block_size
@@ -358,7 +341,7 @@ def main(cfg):
             seen = evaluate(models, val, world, cfg, device)
             run.log.report(update=update - 1, **means(seen))
             print(f"      held out: {describe(means(seen))}")
-            warn.say(gain_from_ends(before, seen))
+            warn.compare(before, seen)
         start = time.monotonic()
         factor = min(1, update / warmup) * (1 - (update - 1) / cfg.updates)
         for optimizer, lr in zip(optimizers, (cfg.lr, cfg.critic_lr), strict=True):
@@ -366,6 +349,7 @@ def main(cfg):
         batch = rollout(policy, next(some), tokenizer.eos, cfg, generator)
         batch = advantages(assess(batch, models, cfg, f"update {update}"), now["kl_coef"], cfg.lam)
         stats = rollout_stats(batch, tokenizer, world)
+        stats["explained"] = explained_variance(batch["value"], batch["ret"], batch["mask"])
         stats |= improve(models, optimizers, batch, cfg, update, order,
                          partial(next, some_ptx) if cfg.ptx_coef else None)
         if cfg.kl_target:

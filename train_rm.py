@@ -82,15 +82,13 @@ def sizes(groups):
 def ranking_backward(rm, groups, micro_batch, device, step):
     """Gradients of the loss of `groups`, [Ranking], left in .grad, in pieces of micro_batch tokens;
     returns (loss, accuracy)."""
-    def ordered(some):  # prompts that make a pair
-        return sum(len(set(group.ranks)) > 1 for group in some)
-
+    ordered = [len(set(group.ranks)) > 1 for group in groups]  # prompts that make a pair
     loss = right = 0.0
     for piece in batches(**sizes(groups), budget=micro_batch):
         some = [groups[i] for i in piece]
         scores = rm.score(*pad([row for group in some for row in group.rows], device))
         numbers = ranking_loss(scores, [group.ranks for group in some])
-        part, part_right = (x * (ordered(some) / max(1, ordered(groups))) for x in numbers)
+        part, part_right = (x * (sum(ordered[i] for i in piece) / max(1, sum(ordered))) for x in numbers)
         finite(f"step {step}", loss=part)
         part.backward()
         loss, right = loss + part.item(), right + part_right.item()

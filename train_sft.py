@@ -2,8 +2,7 @@
 
 The loss is the cross-entropy of the completion's tokens and of the end-of-text token after them,
 never of the prompt (Ouyang et al. 2022, section 3.5, leave open whether theirs is). It is divided by
-the number of those tokens in the whole optimizer step, so a token of a short answer counts no more than
-one of a long answer.
+their number in the whole optimizer step, so tokens of short and long answers count alike.
 
     python train_sft.py                                 # the built-in stories, from scratch
     python train_sft.py --data my_folder                # your own sft.jsonl and sft_val.jsonl

@@ -175,6 +175,11 @@ def batches(lengths, budget, generator=None, rows=None):
     return made
 
 
+def masked_mean(x, mask):
+    """Mean of x where mask is True; values outside the mask, NaN included, are ignored."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum()
+
+
 def micro_batches(batch, rows, budget):
     """(rows, batch of those rows) in pieces of at most `budget` tokens, like lengths together, truncated
     to the longest."""

@@ -6,6 +6,7 @@ from statistics import fmean
 import torch
 
 from data.examples import pad
+from lib.common import masked_mean
 from lib.generate import generate
 from lib.rewards import score_rows, split_texts
 from lib.state import check_plain
@@ -103,6 +104,16 @@ def measure(batch, tokenizer, world):
             "eos": batch["ended"].float(), "length": mask.sum(1).float(), "texts": texts}
 
 
+def rollout_stats(batch, tokenizer, world):
+    """Means over a rollout: of responses, or of response tokens under the mask."""
+    seen, mask = measure(batch, tokenizer, world), batch["mask"]
+    raw = {"raw": seen["raw"].mean().item()} if len(seen["raw"]) else {}
+    return {"score": seen["score"].mean().item(), **raw, **({"gold": fmean(seen["gold"])} if world else {}),
+            "kl": seen["kl"].mean().item(),
+            "entropy": -masked_mean(batch["logp"], mask).item(),  # an unbiased estimate, in nats per token
+            "eos": seen["eos"].mean().item(), "length": seen["length"].mean().item()}
+
+
 def means(result):
     """The mean of every list of numbers in a result of ppo.evaluate, and how varied its texts are."""
     numbers = {name: fmean(x) for name, x in result.items() if name != "texts" and x}
@@ -165,6 +176,10 @@ class Warnings:
         self.first = self.first or stats
         self.useless = self.useless + 1 if stats["explained"] < 0 else 0
         self.say(warnings(stats, self.first, self.useless))
+
+    def compare(self, before, after):
+        """To be called with two results of ppo.evaluate."""
+        self.say(gain_from_ends(before, after))
 
     def say(self, sentences):
         for sentence in sentences:

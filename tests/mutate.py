@@ -39,8 +39,8 @@ FILES = {"ppo.py": "ppo checks pipeline rewards faults resume",
          "lib/report.py": "rm ppo checks pipeline rewards", "lib/rewards.py": "rewards rm ppo pipeline",
          "lib/checks.py": "checks", "lib/common.py": "sft rm ppo checks pipeline records resume",
          "data/examples.py": "sft rm ppo pipeline records faults"}
-ONLY = {"lib/common.py": {"batches", "micro_batches", "count_steps", "shuffled", "Cycle", "set_lr",
-                          "clip_and_step", "finite"}}  # the rest is the command line and the log
+ONLY = {"lib/common.py": {"batches", "masked_mean", "micro_batches", "count_steps", "shuffled", "Cycle",
+                          "set_lr", "clip_and_step", "finite"}}  # the rest is the command line and the log
 SKIP = {"Config", "GPTConfig", "report_pairs", "by_margin", "describe", "print_table", "print_sample",
         "warnings", "print"}
 LOOPS = {"main", "improve", "evaluate"}

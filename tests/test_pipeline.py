@@ -376,7 +376,10 @@ def test_the_kl_of_each_rollout_steers_the_coefficient_of_the_next(run, spy):
     updates, made = steps(out / "ppo.log.jsonl"), made[1:]  # the first is the self-check's
     assert len(made) == len(adapted) == len(updates) == 4
     coef = ppo.Config.kl_coef
-    for ((batch, kl_coef, lam), _), ((old, kl, *rest), new), line in zip(made, adapted, updates, strict=True):
+    together = zip(made, adapted, updates, strict=True)
+    for ((batch, kl_coef, lam), whole), ((old, kl, *rest), new), line in together:
+        explained = ppo.explained_variance(whole["value"], whole["ret"], whole["mask"])
+        assert line["explained"] == explained and whole["mask"].any()
         gap = torch.where(batch["mask"], batch["logp"] - batch["ref_logp"], 0.0)
         assert kl == line["kl"] == pytest.approx(gap.sum(1).mean().item(), abs=1e-6)
         assert kl_coef == old == coef and lam == 0.9 and rest == [0.1, 8, 40]
