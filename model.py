@@ -3,10 +3,10 @@
     tokens (B,T) -> Trunk -> h (B,T,C) -> lm_head      C x V -> logits (B,T,V)   GPT: what comes next?
                                        -> reward_head  C x 1 -> values (B,T)     RewardModel: how good is it?
 
-    B batch  T time  C = d_model  H heads  D head size  V vocabulary  P prompt length  S places in the cache
+    B batch  T time  C = d_model  H heads  D head size  V vocabulary  P prompt length  S tokens to look at
 
-Batches are right-padded, with per-row lengths. Causal attention never sees padding to its right, so only
-the KV cache needs a padding mask. The architecture is GPT-2's (Radford et al. 2019, section 2.3).
+Batches are right-padded, with per-row lengths: padding stands behind every real token, and no token looks
+at what stands behind it. The architecture is GPT-2's (Radford et al. 2019, section 2.3).
 """
 import copy
 import math
@@ -35,6 +35,49 @@ class GPTConfig:
             raise ValueError(f"d_model {self.d_model} must be divisible by n_head {self.n_head}")
 
 
+class WholeText:
+    """What the tokens of a text look at when it is read at once: one another.
+
+    lib.generate.Cache has the same names for a text that is read in parts, so a layer is written once:
+    positions (1,T) or (B,T) of the tokens that are read now, key_positions (1,S) of all that may be looked
+    at, real (1,T) or (B,T): no padding; whole: these are the same tokens.
+    """
+
+    whole = True
+
+    def __init__(self, T, device):
+        self.positions = self.key_positions = torch.arange(T, device=device)[None]
+        self.real = torch.ones_like(self.positions, dtype=torch.bool)
+
+    def append(self, name, x):
+        """x of the tokens that are read now, (B,H,T,D) -> of all that may be looked at, (B,H,S,D)."""
+        return x
+
+    def read(self, name):
+        """A state of any shape (B,...), as `write` left it; None when nothing was read before."""
+        return None
+
+    def write(self, name, x):
+        pass
+
+
+def may_look(seen):
+    """(B,1,T,S), True where a token may look: at itself and all before it. None: T = S and just that, which
+    the fused kernel knows."""
+    if seen.whole:
+        return None
+    return seen.key_positions[:, None, None, :] <= seen.positions[:, None, :, None]
+
+
+def attend(q, k, v, look, dropout=0.0):
+    """Attention of q (B,H,T,D) to keys k and values v (B,H,S,D), where `look` allows it -> (B,H,T,D)."""
+    if look is None or q.shape[2] > 1:
+        return F.scaled_dot_product_attention(q, k, v, look, dropout, is_causal=look is None)
+    # one token a row: by hand this takes 2/3 of the fused function's time
+    weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+    return torch.where(look, weights, -torch.inf).softmax(-1) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -42,19 +85,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x, positions, cache=None):
-        """x (B,T,C) at positions (T,), or (B,T) with a cache -> (B,T,C)."""
+    def forward(self, x, seen, look):
+        """x (B,T,C) -> (B,T,C); seen: WholeText or Cache, look: `may_look` of it."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B,H,T,D)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v)  # (B,H,S,D): these and all before them
-        if k.shape[2] == T:  # nothing came before: plain causal attention
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                               dropout_p=self.dropout if self.training else 0.0)
-        else:  # by hand: for one token a row this takes 2/3 of the fused function's time
-            weights = q @ k.transpose(2, 3) / math.sqrt(C // self.n_head)
-            y = weights.masked_fill(cache.mask, -torch.inf).softmax(-1) @ v  # (B,H,T,D)
+        k, v = seen.append(f"k{self.layer}", k), seen.append(f"v{self.layer}", v)  # (B,H,S,D)
+        y = attend(q, k, v, look, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -77,8 +114,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, positions, cache=None):
-        x = x + self.drop(self.attn(self.ln_1(x), positions, cache))
+    def forward(self, x, seen, look):
+        x = x + self.drop(self.attn(self.ln_1(x), seen, look))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -110,16 +147,16 @@ class Trunk(nn.Module):
         """tokens (B,T), or their embeddings (B,T,C) -> h (B,T,C), after the final norm.
 
         With a cache (lib/generate.py) the tokens continue what it holds, each row at its own position.
-        ValueError: they would take more than block_size places, padding included.
+        ValueError: more than block_size tokens, padding included.
         """
         x = tokens if tokens.is_floating_point() else self.wte(tokens)
         T = x.shape[1]
         if T + (0 if cache is None else cache.filled) > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}")
-        positions = torch.arange(T, device=x.device) if cache is None else cache.advance(T)
-        x = self.drop(x + self.wpe(positions))
+        seen = WholeText(T, x.device) if cache is None else cache.advance(T)
+        x, look = self.drop(x + self.wpe(seen.positions)), may_look(seen)
         for block in self.blocks:
-            x = block(x, positions, cache)
+            x = block(x, seen, look)
         return self.ln_f(x)
 
 
@@ -137,7 +174,11 @@ class GPT(nn.Module):
 
     def forward(self, tokens):
         """tokens (B,T) -> logits (B,T,V), always of every position."""
-        return self.lm_head(self.trunk(tokens))
+        return self.logits(self.trunk(tokens))
+
+    def logits(self, h):
+        """Hidden states (...,C) -> logits (...,V); training, scoring and generation all take them here."""
+        return self.lm_head(h)
 
     def logps(self, h, targets, temperature=1.0):
         """Log-probability of each target token: h (N,C), targets (N,) -> (N,) float32, in nats.
@@ -146,7 +187,7 @@ class GPT(nn.Module):
         (B,T,V) logits are never held. To rounding, log_softmax(logits / temperature) at the targets.
         """
         def piece(h, targets):
-            return -F.cross_entropy(self.lm_head(h).float() / temperature, targets, reduction="none")
+            return -F.cross_entropy(self.logits(h).float() / temperature, targets, reduction="none")
 
         n = max(1, self.LOGITS_AT_ONCE // self.config.vocab_size)
         if len(h) <= n:

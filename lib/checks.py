@@ -5,7 +5,7 @@ import torch
 
 from data.examples import pad
 from data.files import UserError
-from lib.generate import KVCache
+from lib.generate import Cache
 
 
 def far(a, b):
@@ -28,11 +28,11 @@ def check_model(gpt):
     if far(gpt(later)[:, :half], logits[:, :half]):
         raise UserError("self-check: the logits of a token change with the tokens after it: model.py is "
                         "not causal, so the model would learn to copy the answer")
-    cache = KVCache(2, T, device)
+    cache = Cache(2, T, device)
+    cache.expect(torch.tensor([half, half - 1], device=device))  # rows of unequal length, as in generate
     gpt.trunk.forward(tokens[:, :half], cache)
-    cache.trim(torch.tensor([half, half - 1], device=device))  # rows of unequal length, as in generate
     for at in [cache.length + i for i in range(T - half)]:
-        if far(gpt.lm_head(gpt.trunk.forward(tokens[rows, at][:, None], cache)[:, 0]), logits[rows, at]):
+        if far(gpt.logits(gpt.trunk.forward(tokens[rows, at][:, None], cache)[:, 0]), logits[rows, at]):
             raise UserError("self-check: with the KV cache the logits are not those of the whole text, so "
                             "lib/generate.py would sample from another model than is trained")
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data.files import UserError
+from model import WholeText
 
 
 def prepare(model, device="cpu", cfg=None):
@@ -73,14 +74,14 @@ def compiler_fault(error):
 class Tuned:
     """A block whose forward pass, where there is no cache, is in bfloat16, or recomputed, or both."""
 
-    def forward(self, x, positions, cache=None):
-        if cache is not None:
-            return super().forward(x, positions, cache)
+    def forward(self, x, seen, look):
+        if not isinstance(seen, WholeText):
+            return super().forward(x, seen, look)
         block = super().forward
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             if self.recompute and torch.is_grad_enabled():
-                return checkpoint(block, x, positions, use_reentrant=False)
-            return block(x, positions)
+                return checkpoint(block, x, seen, look, use_reentrant=False)
+            return block(x, seen, look)
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def plain(model):
         model.train(training)
 
 
-def static_steps(gpt):
+def fixed_steps(gpt):
     """Whether `generate` takes steps of one shape at fixed addresses: compiled, on a GPU."""
     return gpt.trunk._compiled_call_impl is not None and gpt.lm_head.weight.is_cuda
 

@@ -7,99 +7,82 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.examples import pad
-from lib.fast import packed, static_steps
+from lib.fast import fixed_steps, packed
 from lib.memory import check_generation
 from model import sample
 
 
-class KVCache:
-    """Keys and values of what was read so far: `k` and `v`, for each layer (B,H,S,D) with room for S places.
+class Cache(nn.Module):
+    """What the layers keep of B texts that are read in parts, with room for S tokens each.
 
-    Rows may differ in length: all write to the same next places, padding stays masked for good, and each
-    row counts its own positions. The shapes are those of the first keys and values that a layer writes.
+    model.WholeText says what a layer asks for. A token's place is its position in its own row: padding
+    after a short prompt stands behind the row's end, where no token looks, and the row's next tokens
+    overwrite it. All tensors are buffers, (B,...), shaped by what a layer first stores.
+
+    fixed: places and addresses never change, so that one CUDA graph can replay every step. (torch.compile
+    wants buffers for that, and one for each layer: a single one would be copied whole at each layer.)
     """
 
-    def __init__(self, B, S, device):
-        self.k, self.v = {}, {}
-        self.hidden = torch.zeros(B, S, dtype=torch.bool, device=device)  # True: padding
-        self.length = torch.zeros(B, dtype=torch.long, device=device)
-        self.filled = 0
+    def __init__(self, B, S, device, fixed=False):
+        super().__init__()
+        self.S, self.fixed = S, fixed
+        self.register_buffer("length", torch.zeros(B, dtype=torch.long, device=device), persistent=False)
+        self.clear()
+
+    def clear(self):
+        """Forget what was read."""
+        for x in self.buffers():
+            x.zero_()
+        self.empty, self.filled, self.expected = True, 0, None  # filled: places in use, of the longest row
+
+    def expect(self, lengths):
+        """Of the tokens that are read next, the first `lengths` (B,) of each row are real, the rest padding."""
+        self.expected = lengths
 
     def advance(self, T):
-        """Make place for T more tokens a row; returns their positions (B,T)."""
-        positions = self.length[:, None] + torch.arange(T, device=self.length.device)
-        self.length, self.filled = self.length + T, self.filled + T
-        places = torch.arange(self.filled, device=self.length.device)
-        later = places > places[-T:, None]  # (T,filled)
-        self.mask = self.hidden[:, None, None, : self.filled] | later  # (B,1,T,filled)
-        return positions
+        """T more tokens a row are read now; returns this cache."""
+        device = self.length.device
+        new, self.expected = self.expected, None
+        self.positions = self.length[:, None] + torch.arange(T, device=device)  # (B,T)
+        self.length += T if new is None else new  # in place, for the CUDA graph
+        self.whole, self.empty = self.empty, False
+        if not self.fixed:  # else nobody looks at it; that S suffices is known beforehand
+            self.filled += T
+        self.key_positions = torch.arange(self.S if self.fixed else self.filled, device=device)[None]
+        self.places = {}  # for each number of heads
+        return self
 
-    def write(self, layer, k, v):
-        """Store k and v (B,H,T,D) of the newest T tokens; returns all of that layer so far."""
-        if layer not in self.k:
-            S = self.hidden.shape[1]
-            self.k[layer], self.v[layer] = (x.new_empty(*x.shape[:2], S, x.shape[3]) for x in (k, v))
-        new = slice(self.filled - k.shape[2], self.filled)
-        self.k[layer][:, :, new], self.v[layer][:, :, new] = k, v
-        return self.k[layer][:, :, : self.filled], self.v[layer][:, :, : self.filled]
+    @property
+    def real(self):
+        return self.positions < self.length[:, None]
 
-    def trim(self, lengths):
-        """What was just read ends after `lengths` tokens (B,): mask the padding behind them."""
-        places = torch.arange(self.filled, device=lengths.device)
-        self.hidden[:, : self.filled] |= places >= (self.filled - self.length + lengths)[:, None]
-        self.length = lengths.clone()
+    def append(self, name, x):
+        B, H, T, D = x.shape
+        if name not in self._buffers:
+            self.register_buffer(name, x.new_zeros(B, H, self.S, D), persistent=False)
+            # zeros: 0 x NaN would pass a mask
+        kept = getattr(self, name)
+        if self.whole:
+            kept[:, :, :T] = x
+            return x
+        if H not in self.places:
+            rows = torch.arange(B * H, device=x.device).view(B, H, 1) * self.S
+            self.places[H] = (rows + self.positions[:, None]).flatten()  # in (B*H*S,D)
+        kept.view(-1, D).index_copy_(0, self.places[H], x.reshape(-1, D))
+        return kept[:, :, : self.key_positions.shape[1]]
+
+    def read(self, name):
+        return None if self.whole else getattr(self, name)
+
+    def write(self, name, x):
+        if name not in self._buffers:
+            self.register_buffer(name, torch.empty_like(x), persistent=False)
+        getattr(self, name).copy_(x)
 
     def keep(self, rows):
         """Drop all rows but `rows`, a boolean mask (B,)."""
-        for layer in self.k:  # one by one, so that the whole cache is never held twice
-            self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
-        self.hidden, self.length = self.hidden[rows], self.length[rows]
-
-
-class StaticCache(nn.Module):
-    """A KVCache of fixed shape and address, so that one CUDA graph can replay every decoding step.
-
-    Made from a KVCache that holds the prompts, with room for S places. torch.compile expects buffers to stay
-    where they are and writes into them in place; a single tensor of all layers' keys would be copied whole
-    at each layer.
-    """
-
-    filled = 0  # no step adds places: that they suffice is known beforehand
-
-    def __init__(self, cache, S):
-        super().__init__()
-        B, length = len(cache.length), cache.length
-        tensors = {f"{name}{i}": x.new_empty(*x.shape[:2], S, x.shape[3])
-                   for name in "kv" for i, x in getattr(cache, name).items()}
-        tensors |= {"hidden": length.new_empty(B, S, dtype=torch.bool), "length": length.clone(),
-                    "place": length.new_empty(1)}
-        for name, x in tensors.items():
-            self.register_buffer(name, x, persistent=False)
-
-    def load(self, cache):
-        """Continue where `cache` stands, which has as many rows as the one this was made from."""
-        filled = slice(0, cache.filled)
-        for name in "kv":
-            for i, x in getattr(cache, name).items():
-                getattr(self, f"{name}{i}").zero_()[:, :, filled] = x  # zeros: 0 x NaN would pass a mask
-        self.hidden.fill_(True)[:, filled] = cache.hidden
-        self.length.copy_(cache.length)
-        self.place.fill_(cache.filled - 1)
-
-    def advance(self, T):
-        """Go to the next place; returns the positions (B,1) of the one token a row."""
-        self.place.add_(1), self.length.add_(1)
-        self.hidden.index_fill_(1, self.place, False)
-        return self.length[:, None] - 1
-
-    @property
-    def mask(self):
-        return self.hidden[:, None, None]  # (B,1,1,S)
-
-    def write(self, layer, k, v):
-        """As KVCache.write, for k and v (B,H,1,D); returns all S places."""
-        keys, values = getattr(self, f"k{layer}"), getattr(self, f"v{layer}")
-        return keys.index_copy_(2, self.place, k), values.index_copy_(2, self.place, v)
+        for name, x in self._buffers.items():  # one by one, so that the whole cache is never held twice
+            setattr(self, name, x[rows])
 
 
 @torch.inference_mode()
@@ -145,7 +128,7 @@ def _generate(gpt, tokens, lengths, uniform, eos, *how):
     lengths = lengths.clone()
     done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     for step in range(max_new_tokens):
-        token = sample(gpt.lm_head(h), uniform[rows, step], *how)
+        token = sample(gpt.logits(h), uniform[rows, step], *how)
         tokens[rows, lengths[rows]] = token.masked_fill(done, 0)
         lengths[rows] += ~done
         if eos is not None:
@@ -153,7 +136,7 @@ def _generate(gpt, tokens, lengths, uniform, eos, *how):
             finished = int(done.sum())
             if finished == len(rows):
                 break
-            if finished * 4 >= len(rows) and not isinstance(cache, StaticCache):
+            if finished * 4 >= len(rows) and not cache.fixed:
                 going = ~done  # dropping rows copies the cache: wait until a quarter of them are done
                 cache.keep(going)
                 rows, token, done = rows[going], token[going], done[going]
@@ -164,16 +147,16 @@ def _generate(gpt, tokens, lengths, uniform, eos, *how):
 
 def _read_prompts(gpt, tokens, lengths, S):
     """h of each row's last token (B,C), the cache with room for S, and the function that reads on."""
-    (B, P), static = tokens.shape, static_steps(gpt)
-    cache = KVCache(B, P if static else S, tokens.device)
+    B, fixed = len(tokens), fixed_steps(gpt)
+    if fixed:  # kept between calls: another address or shape would be another CUDA graph
+        last = getattr(gpt, "cache", None)
+        S = max(S + -S % 128, last.S if last else 0)
+        if last is None or (len(last.length), last.S) != (B, S):
+            gpt.cache = Cache(B, S, tokens.device, fixed=True)
+        gpt.cache.clear()
+    cache = gpt.cache if fixed else Cache(B, S, tokens.device)
+    cache.expect(lengths)
     h = gpt.trunk.forward(tokens, cache)[torch.arange(B, device=tokens.device), lengths - 1]
-    cache.trim(lengths)
-    if not static:
+    if not fixed:
         return h, cache, gpt.trunk.forward  # not the compiled one: shapes change at every step
-    # kept between calls: another address or shape would be another CUDA graph, so round S up, never shrink
-    last = getattr(gpt, "static_cache", None)
-    S = max(S + -S % 128, last.hidden.shape[1] if last else 0)
-    if last is None or last.hidden.shape != (B, S):
-        gpt.static_cache = StaticCache(cache, S)
-    gpt.static_cache.load(cache)
-    return h, gpt.static_cache, torch.compile(gpt.trunk.forward, mode="reduce-overhead", dynamic=False)
+    return h, cache, torch.compile(gpt.trunk.forward, mode="reduce-overhead", dynamic=False)

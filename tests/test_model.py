@@ -17,7 +17,7 @@ from data.examples import pad
 from lib import fast
 from lib.checks import check_model
 from lib.fast import prepare
-from lib.generate import KVCache, StaticCache, generate
+from lib.generate import Cache, generate
 from model import GPT, GPTConfig, RewardModel, sample
 from train_sft import Config
 
@@ -90,7 +90,7 @@ def test_too_long_is_an_error(tiny):
     gpt = tiny()
     with pytest.raises(ValueError, match="block_size 32"):
         gpt(torch.zeros(1, 33, dtype=torch.long))
-    cache = KVCache(1, 40, "cpu")
+    cache = Cache(1, 40, "cpu")
     gpt.trunk(torch.zeros(1, 30, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="block_size 32"):
         gpt.trunk(torch.zeros(1, 3, dtype=torch.long), cache)
@@ -385,8 +385,8 @@ def ready(tiny):
 @pytest.fixture
 def kept(monkeypatch):
     """Numbers of rows that the fast one goes on with after dropping some."""
-    sizes, keep = [], KVCache.keep
-    monkeypatch.setattr(KVCache, "keep", lambda self, rows: (sizes.append(int(rows.sum())), keep(self, rows)))
+    sizes, keep = [], Cache.keep
+    monkeypatch.setattr(Cache, "keep", lambda self, rows: (sizes.append(int(rows.sum())), keep(self, rows)))
     return sizes
 
 
@@ -446,34 +446,46 @@ class GroupedAttention(model.Attention):
         super().__init__(config, layer)
         self.qkv = torch.nn.Linear(config.d_model, 2 * config.d_model, bias=config.bias)
 
-    def forward(self, x, positions, cache=None):
+    def forward(self, x, seen, look):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 2 * self.n_head, C // self.n_head).transpose(1, 2)
         q, k, v = qkv.split([self.n_head, self.n_head // 2, self.n_head // 2], 1)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v)
-        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-        weights = q @ k.transpose(2, 3) / math.sqrt(C // self.n_head)
-        mask = torch.ones(T, T, dtype=torch.bool).triu(1) if cache is None else cache.mask
-        y = weights.masked_fill(mask, -torch.inf).softmax(-1) @ v
+        k, v = seen.append(f"k{self.layer}", k), seen.append(f"v{self.layer}", v)
+        y = model.attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), look)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_the_caches_take_any_number_of_key_heads(tiny, kept, monkeypatch, static):
-    """Grouped-query attention is an edit of model.py alone: the caches go by the keys that they are given."""
-    monkeypatch.setattr(model, "Attention", GroupedAttention)
+class RunningMean(model.Attention):
+    """The mean of all tokens so far: a state of one vector a row, however long the text."""
+
+    def forward(self, x, seen, look):
+        total, means = seen.read(f"mean{self.layer}"), []
+        if total is None:
+            total = torch.zeros_like(x[:, 0])
+        for t in range(x.shape[1]):
+            total = total + x[:, t] * seen.real[:, t, None]
+            means.append(total / (seen.positions[:, t, None] + 1))
+        seen.write(f"mean{self.layer}", total)
+        return self.proj(torch.stack(means, 1))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("layer, shapes", [(GroupedAttention, [(2, 2, 9, 8), (2, 2, 9, 8)]),
+                                           (RunningMean, [(2, 32)])])
+def test_the_cache_takes_what_a_layer_gives_it(tiny, kept, monkeypatch, fixed, layer, shapes):
+    """Fewer heads of keys, or a state: an edit of model.py alone."""
+    monkeypatch.setattr(model, "Attention", layer)
     gpt = tiny(3, n_head=4)
     check_model(gpt)
-    cache = KVCache(2, 9, "cpu")
+    cache = Cache(2, 9, "cpu")
     gpt.trunk(torch.ones(2, 5, dtype=torch.long), cache)
-    assert cache.k[1].shape == cache.v[1].shape == (2, 2, 9, 8)
-    monkeypatch.setattr(lib.generate, "static_steps", lambda gpt: static)
+    assert [x.shape for x in cache.buffers()] == [(2,), *shapes * 2]
+    monkeypatch.setattr(lib.generate, "fixed_steps", lambda gpt: fixed)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     naive, quick = (generate(gpt, *padded(PROMPTS), 20, eos=3, temperature=3.0, generator=gen(1))
                     for generate in (GPT.generate, lib.generate.generate))
     assert equal(naive, quick)
-    assert len(set(naive[1].tolist())) > 3 and bool(kept) != static
+    assert len(set(naive[1].tolist())) > 3 and bool(kept) != fixed
 
 
 def check_one_by_one(gpt, prompts, new, **how):
@@ -587,15 +599,8 @@ def test_generate_reads_weights_as_they_are_now(ready, monkeypatch):
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0}, {"eos": 4, "temperature": 3.0}], ids=str)
-def test_static_steps_change_nothing_whatever_the_memory_held(ready, kept, monkeypatch, how):
-    """As --compile takes them on a GPU; no row is dropped then. Poison stands where nothing was written."""
-    make = StaticCache.__init__
-
-    def poisoned(self, cache, S):
-        make(self, cache, S)
-        for x in self.buffers():
-            x.fill_(math.nan if x.is_floating_point() else 1)
-
+def test_fixed_steps_change_nothing_whatever_the_memory_held(ready, kept, monkeypatch, how):
+    """As --compile takes them on a GPU; no row is dropped then. A call meets what the last one left."""
     gpt = ready(3)
 
     def draw():
@@ -603,16 +608,18 @@ def test_static_steps_change_nothing_whatever_the_memory_held(ready, kept, monke
 
     want = draw()
     kept.clear()
-    monkeypatch.setattr(StaticCache, "__init__", poisoned)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-    monkeypatch.setattr(lib.generate, "static_steps", lambda gpt: True)
-    for _ in range(2):  # the second one meets what the first one left
+    monkeypatch.setattr(lib.generate, "fixed_steps", lambda gpt: True)
+    for _ in range(2):
         assert equal(draw(), want)
+        with torch.inference_mode():
+            for x in gpt.cache.buffers():
+                x.fill_(math.nan if x.is_floating_point() else 1)
     assert not kept
 
 
 @slow
-def test_static_steps_are_one_graph_at_one_address(tiny, monkeypatch):
+def test_fixed_steps_are_one_graph_at_one_address(tiny, monkeypatch):
     """What a CUDA graph needs: one trace for all steps, of prompts of any length, and buffers that stay."""
     torch._dynamo.reset()
     gpt, graphs, compile, places = tiny(), [], torch.compile, []
@@ -626,27 +633,27 @@ def test_static_steps_are_one_graph_at_one_address(tiny, monkeypatch):
         return compile(function, backend=keep, dynamic=dynamic, fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", counted)
-    monkeypatch.setattr(lib.generate, "static_steps", lambda gpt: True)
+    monkeypatch.setattr(lib.generate, "fixed_steps", lambda gpt: True)
     for prompts, new, count in ((PROMPTS, 20, 1), (PROMPTS[::-1], 9, 1), ([[1]] * 8, 25, 1),
                                 ([[1, 2]] * 3, 5, 2)):
         generate(gpt, *padded(prompts), new)
         assert len(graphs) == count
-        places.append([x.data_ptr() for x in gpt.static_cache.buffers()])
-    assert places[0] == places[1] == places[2] and gpt.static_cache.hidden.shape == (3, 128)
+        places.append([x.data_ptr() for x in gpt.cache.buffers()])
+    assert places[0] == places[1] == places[2] and (len(gpt.cache.length), gpt.cache.S) == (3, 128)
     long = tiny(block_size=200)
     for P, S in ((140, 256), (3, 256), (120, 256)):  # it only grows: each size is compiled
         generate(long, *padded([[1] * P]), 5)
-        assert long.static_cache.hidden.shape == (1, S)
+        assert long.cache.S == S
     assert list(gpt.state_dict()) == list(tiny().state_dict())  # nothing of it gets into a checkpoint
 
 
-def test_static_steps_are_for_compile_on_a_gpu(tiny, monkeypatch):
+def test_fixed_steps_are_for_compile_on_a_gpu(tiny, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     for compile, is_cuda in itertools.product((False, True), repeat=2):
         gpt = prepare(tiny(), cfg=Config(compile=compile))
         del gpt.lm_head
         gpt.lm_head = SimpleNamespace(weight=SimpleNamespace(is_cuda=is_cuda))
-        assert fast.static_steps(gpt) == (compile and is_cuda)
+        assert fast.fixed_steps(gpt) == (compile and is_cuda)
 
 
 # ---- cache ----
@@ -660,10 +667,10 @@ def test_M8_cache_equals_full_forward_at_every_position(tiny, rng, chunks):
     P, B = tokens.shape[1], len(PROMPTS)
     more = random_tokens(rng, B, sum(chunks))
     want = [gpt.trunk(torch.cat([tokens[i, :n], more[i]])[None])[0, n:] for i, n in enumerate(lengths)]
-    cache = KVCache(B, P + sum(chunks), "cpu")
+    cache = Cache(B, P + sum(chunks), "cpu")
+    cache.expect(lengths)
     prefill = gpt.trunk(tokens, cache)
     torch.testing.assert_close(prefill, gpt.trunk(tokens), atol=1e-4, rtol=0)
-    cache.trim(lengths)
     got = torch.cat([gpt.trunk(part, cache) for part in more.split(chunks, 1)], 1)
     torch.testing.assert_close(got, torch.stack(want), atol=1e-4, rtol=0)
     assert cache.length.tolist() == [n + sum(chunks) for n in lengths]
@@ -672,7 +679,7 @@ def test_M8_cache_equals_full_forward_at_every_position(tiny, rng, chunks):
 @torch.no_grad()
 def test_cache_keep_forgets_only_the_other_rows(tiny, rng):
     gpt, tokens, more = tiny(), random_tokens(rng, 4, 6), random_tokens(rng, 4, 3)
-    cache = KVCache(4, 9, "cpu")
+    cache = Cache(4, 9, "cpu")
     gpt.trunk(tokens, cache)
     rows = torch.tensor([False, True, False, True])
     cache.keep(rows)
@@ -780,7 +787,7 @@ def test_generation_is_in_float32_and_keeps_nothing_whatever_the_flags(ready, ti
     want = generate(ready(3), *padded(PROMPTS), 20, generator=gen(1))
     gpt = prepare(tiny(3), cfg=ALL)
     assert equal(want, generate(gpt, *padded(PROMPTS), 20, generator=gen(1)))
-    cached = [net.trunk(padded(PROMPTS)[0], KVCache(len(PROMPTS), 7, "cpu")) for net in (ready(3), gpt)]
+    cached = [net.trunk(padded(PROMPTS)[0], Cache(len(PROMPTS), 7, "cpu")) for net in (ready(3), gpt)]
     assert torch.equal(*cached)
 
 
