@@ -10,29 +10,29 @@ at what stands behind it. The architecture is GPT-2's (Radford et al. 2019, sect
 """
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class GPTConfig:
-    """Sizes of the network; the defaults are GPT-2 small (GPT-3 small has twice its block_size)."""
+    """Sizes of the network; the defaults are GPT-2 small.
 
-    vocab_size: int = 50257
-    block_size: int = 1024
-    n_layer: int = 12
-    n_head: int = 12
-    d_model: int = 768
-    dropout: float = 0.0
-    bias: bool = True
+    Each is a flag of train_sft.py with its comment as help, is kept in checkpoints and brought by --init.
+    One more is a line here: int, float, bool or str; a number within metadata["limits"], or else above 0.
+    """
 
-    def __post_init__(self):
-        if self.d_model % self.n_head:
-            raise ValueError(f"d_model {self.d_model} must be divisible by n_head {self.n_head}")
+    # model
+    vocab_size: int = 50257  # tokens
+    block_size: int = field(default=1024, metadata={"limits": (2, 2**31)})  # longest text in tokens
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads
+    d_model: int = 768  # width
+    dropout: float = field(default=0.0, metadata={"limits": (0, 0.99)})  # rate; 0 is right for 1 or 2 epochs
+    bias: bool = True  # in linear layers and norms
 
 
 class WholeText:
@@ -81,6 +81,8 @@ def attend(q, k, v, look, dropout=0.0):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
+        if config.d_model % config.n_head:
+            raise ValueError(f"d_model {config.d_model} must be divisible by n_head {config.n_head}")
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
@@ -163,8 +165,6 @@ class Trunk(nn.Module):
 class GPT(nn.Module):
     """Trunk plus an explicit vocabulary head, d_model x vocab_size, tied to the token embedding."""
 
-    LOGITS_AT_ONCE = 2**23  # logits held in one piece by `logps`: 32 MiB in float32
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -181,19 +181,8 @@ class GPT(nn.Module):
         return self.lm_head(h)
 
     def logps(self, h, targets, temperature=1.0):
-        """Log-probability of each target token: h (N,C), targets (N,) -> (N,) float32, in nats.
-
-        The head runs only on the N positions given, in pieces that are recomputed in the backward pass, so
-        (B,T,V) logits are never held. To rounding, log_softmax(logits / temperature) at the targets.
-        """
-        def piece(h, targets):
-            return -F.cross_entropy(self.logits(h).float() / temperature, targets, reduction="none")
-
-        n = max(1, self.LOGITS_AT_ONCE // self.config.vocab_size)
-        if len(h) <= n:
-            return piece(h, targets)
-        return torch.cat([checkpoint(piece, *some, use_reentrant=False, preserve_rng_state=False)
-                          for some in zip(h.split(n), targets.split(n), strict=True)])
+        """Log-probability of each target token: h (N,C), targets (N,) -> (N,) float32, in nats."""
+        return -F.cross_entropy(self.logits(h).float() / temperature, targets, reduction="none")
 
     @torch.inference_mode()
     def generate(self, tokens, lengths, max_new_tokens, temperature=1.0, top_k=None, top_p=None,

@@ -17,30 +17,24 @@ text before the choice. `mask` is True where the policy wrote that token, end-of
     python ppo.py                                  # after train_sft.py and train_rm.py
     python ppo.py --reward my_file.py:function     # function(prompts, responses) -> list of floats
 """
-import copy
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from data.examples import encode_demonstrations, encode_prompts, open_data, pad, prompt_room, response_mask
-from data.records import read_prompts, read_sft
-from data.tokenizer import Tokenizer
-from lib.checkpoint import load, load_tokenizer
+from data.examples import encode_demonstrations, open_data, open_prompts, pad, prompt_room, response_mask
+from data.records import read_sft
 from lib.checks import check_start
-from lib.common import Cycle, Shared, cli, clip_and_step, finite, masked_mean, micro_batches, pick_device
-from lib.fast import prepare
+from lib.common import Cycle, clip_and_step, finite, masked_mean, micro_batches
+from lib.fast import in_pieces
+from lib.flags import Shared, bounded, cli, pick_device
 from lib.generate import generate
-from lib.report import Warnings, describe, means, measure, print_table, rollout_stats, win_rates
+from lib.report import Warnings, describe, evaluate, means, print_table, rollout_stats, win_rates
 from lib.resume import Run
-from lib.rewards import Scale, TextScore, in_units, load_reward_model, model_score, scale_of, units
-from lib.user_code import import_function
-from model import GPT, RewardModel
+from lib.rewards import in_units, load_models, scale_of, units
 from train_sft import sft_backward
 
 
@@ -53,38 +47,27 @@ class Config(Shared):
     reward_scale: str = "first"  # scores of --reward: in sd of the "first" ones, or "none": as they are
     judge: str = ""  # checkpoint of a second reward model: reported, never optimised
     updates: int = 60  # rollouts with an update each
-    show: int = 4  # held-out texts printed at the end, before and after
-    save_every: int = 10  # updates between saved states, to resume from; 0: at the end only
+    show: int = bounded(4, 0)  # held-out texts printed at the end, before and after
+    save_every: int = bounded(10, 0)  # updates between saved states, to resume from; 0: at the end only
     # rollout
     batch: int = 64  # prompts in a rollout
     max_new_tokens: int = 100  # longest response
-    temperature: float = 1.0  # of sampling and of every log-prob
+    temperature: float = bounded(1.0, 0.01, 100)  # of sampling and of every log-prob
     no_eos_score: float = -1.0  # score of a response that does not end: one sd below the SFT model
     # update
     epochs: int = 4  # passes over each rollout
     minibatches: int = 1  # optimizer steps in a pass
     micro_batch: int = 4096  # tokens in a forward pass, padding included; changes no result
-    lr: float = 3e-4  # peak for the policy; warm-up over 5 updates (at most a tenth), then linear to 0
-    critic_lr: float = 3e-4  # the same for the critic
-    clip: float = 0.2  # of the ratio, and of the step of a value
-    lam: float = 0.95  # lambda of GAE; gamma is 1: a response is one episode
+    lr: float = bounded(3e-4, 0)  # peak for the policy; up over 5 updates (at most a tenth), then linear to 0
+    critic_lr: float = bounded(3e-4, 0)  # the same for the critic
+    clip: float = bounded(0.2, 1e-9, math.inf)  # of the ratio, and of the step of a value
+    lam: float = bounded(0.95, 0, 1)  # lambda of GAE; gamma is 1: a response is one episode
     ptx_coef: float = 0.0  # weight of the SFT loss mixed in (PPO-ptx; Ouyang et al. 2022, eq. 2)
     # KL
-    kl_coef: float = 0.035  # KL penalty per nat, in standard deviations of score
+    kl_coef: float = bounded(0.035, 0)  # KL penalty per nat, in standard deviations of score
     kl_target: float = 0.0  # if > 0, kl_coef is steered towards this KL (nats per response)
     kl_horizon: int = 1000  # responses over which kl_coef may change by about a fifth
-    update_kl: float = 0.05  # end the update once per-token KL(old, new) exceeds 1.5x this
-
-
-class Models(NamedTuple):
-    """What an update needs; only policy and critic learn."""
-
-    policy: GPT
-    ref: GPT
-    critic: RewardModel
-    score: Callable  # (tokens, lengths, P) -> (B,)
-    judge: RewardModel | None
-    tokenizer: Tokenizer
+    update_kl: float = bounded(0.05, 0, math.inf)  # end the update once KL(old, new) a token is above 1.5x
 
 
 # ---- the mathematics: pure functions on (B,T-1) ----
@@ -140,12 +123,6 @@ def approx_kl(logp, old_logp, mask):
     return masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
 
 
-def explained_variance(value, ret, mask):
-    """1 - mean squared error / variance of the returns; nan when the returns don't vary."""
-    spread = masked_mean((ret - masked_mean(ret, mask)) ** 2, mask)
-    return (1 - masked_mean((value - ret) ** 2, mask) / spread).item() if spread > 1e-12 else math.nan
-
-
 def adapt_kl_coef(kl_coef, kl, target, n, horizon):
     """The coefficient follows the KL, by at most 20% of n/horizon and never more than 20% a time (Ziegler
     et al. 2019, 2.2)."""
@@ -163,7 +140,8 @@ def token_logps(gpt, tokens, temperature, mask=None):
         mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
     h = gpt.trunk(tokens[:, :-1])
     logp = torch.zeros(mask.shape, device=tokens.device)
-    return logp.masked_scatter(mask, gpt.logps(h[mask], tokens[:, 1:][mask], temperature))
+    logps = partial(gpt.logps, temperature=temperature)
+    return logp.masked_scatter(mask, in_pieces(logps, gpt, h[mask], tokens[:, 1:][mask]))
 
 
 # ---- the four phases of an update ----
@@ -258,56 +236,6 @@ def minibatch_backward(models, batch, part, cfg):
 
 # ---- the run ----
 
-def load_models(cfg, device, run=None):
-    """The Models of out/sft.pt and out/rm.pt, or of --reward, and --judge."""
-    out = Path(cfg.out)
-
-    def ready(model):
-        return prepare(model, device, cfg)
-
-    policy, tokenizer = ready(load(GPT, out / "sft.pt")), load_tokenizer(out / "sft.pt")
-    ref = ready(copy.deepcopy(policy)).requires_grad_(False)
-    if cfg.reward:
-        scale = Scale() if cfg.reward_scale == "first" else None
-        score = TextScore(import_function(cfg.reward, run), cfg.reward, tokenizer, scale, run)
-        critic = ready(RewardModel.from_gpt(policy))
-        torch.nn.init.zeros_(critic.reward_head.weight)  # nothing is known of these scores: start at 0
-    else:
-        rm = ready(load_reward_model(out / "rm.pt", policy, tokenizer))
-        critic = ready(copy.deepcopy(rm))  # (6)
-        score = model_score(rm.requires_grad_(False), cfg.micro_batch)
-    judge = ready(load_reward_model(Path(cfg.judge), policy, tokenizer)) if cfg.judge else None
-    return Models(policy, ref, critic, score, judge, tokenizer)
-
-
-def evaluate(models, prompts, world, cfg, device):
-    """One response to each held-out prompt, always with the same random numbers: lists with an entry a
-    prompt; gold and judge are empty where there is no such thing."""
-    generator = torch.Generator(device).manual_seed(0)
-    result = {name: [] for name in ("score", "raw", "judge", "kl", "gold", "eos", "length", "texts")}
-    for start in range(0, len(prompts), cfg.batch):
-        some = prompts[start : start + cfg.batch]
-        batch = rollout(models.policy, some, models.tokenizer.eos, cfg, generator)
-        batch = assess(batch, models, cfg)
-        with torch.inference_mode():
-            judged = models.judge.score(batch["tokens"], batch["lengths"]) if models.judge else []
-        for name, x in {**measure(batch, models.tokenizer, world), "judge": judged}.items():
-            result[name] += x.tolist() if torch.is_tensor(x) else x
-    return in_units(result, models.score, cfg.no_eos_score)
-
-
-def read_data(folder, models, cfg):
-    """Token lists of the prompts to train on and of those held out, and the demonstrations for PPO-ptx."""
-    tokenizer, block_size = models.tokenizer, models.policy.config.block_size
-    room = min([block_size, *(rm.room for rm in (models.critic, models.judge) if rm)])
-    room = prompt_room(room, cfg.max_new_tokens)
-    prompts, val = (encode_prompts(read_prompts(folder / name, cfg.skip_bad), tokenizer, room, name)
-                    for name in ("prompts.jsonl", "prompts_val.jsonl"))
-    demonstrations = encode_demonstrations(read_sft(folder / "sft.jsonl", cfg.skip_bad), tokenizer,
-                                           block_size, "sft.jsonl") if cfg.ptx_coef else []
-    return prompts, val, demonstrations
-
-
 def main(cfg):
     torch.manual_seed(cfg.seed)
     device = pick_device(cfg.device)
@@ -321,12 +249,17 @@ def main(cfg):
 
     models = load_models(cfg, device, run)
     policy, critic, tokenizer = models.policy, models.critic, models.tokenizer
-    prompts, val, demonstrations = read_data(folder, models, cfg)
+    block_size = policy.config.block_size
+    room = min([block_size, *(rm.room for rm in (critic, models.judge) if rm)])
+    prompts, val = open_prompts(folder, tokenizer, prompt_room(room, cfg.max_new_tokens), cfg.skip_bad)
+    demonstrations = encode_demonstrations(read_sft(folder / "sft.jsonl", cfg.skip_bad), tokenizer,
+                                           block_size, "sft.jsonl") if cfg.ptx_coef else []
     some, some_ptx = Cycle(prompts, cfg.batch, order), Cycle(demonstrations, cfg.batch, order)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
                   for model, lr in ((policy, cfg.lr), (critic, cfg.critic_lr))]
     check_start((rollout, assess, advantages, minibatch_backward), models, prompts, cfg, device)
-    before = evaluate(models, val, world, cfg, device)
+    held_out = partial(evaluate, (rollout, assess), models, val, world, cfg, device)
+    before = held_out()
     print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out: {describe(means(before))}")
     print(units(models.score), end="")
 
@@ -338,7 +271,7 @@ def main(cfg):
     warmup = max(1, min(5, cfg.updates // 10))
     for update in range(done + 1, cfg.updates + 1):
         if update % 10 == 1 and update > 1:  # here, where a reward function that fails loses nothing
-            seen = evaluate(models, val, world, cfg, device)
+            seen = held_out()
             run.log.report(update=update - 1, **means(seen))
             print(f"      held out: {describe(means(seen))}")
             warn.compare(before, seen)
@@ -349,18 +282,18 @@ def main(cfg):
         batch = rollout(policy, next(some), tokenizer.eos, cfg, generator)
         batch = advantages(assess(batch, models, cfg, f"update {update}"), now["kl_coef"], cfg.lam)
         stats = rollout_stats(batch, tokenizer, world)
-        stats["explained"] = explained_variance(batch["value"], batch["ret"], batch["mask"])
-        stats |= improve(models, optimizers, batch, cfg, update, order,
-                         partial(next, some_ptx) if cfg.ptx_coef else None)
+        step = improve(models, optimizers, batch, cfg, update, order,
+                       partial(next, some_ptx) if cfg.ptx_coef else None)
         if cfg.kl_target:
             now["kl_coef"] = adapt_kl_coef(now["kl_coef"], stats["kl"], cfg.kl_target, cfg.batch,
                                            cfg.kl_horizon)
             stats["kl_coef"] = now["kl_coef"]
-        run.log(update, **stats, tok_s=round(int(batch["mask"].sum()) / max(1e-3, time.monotonic() - start)))
-        warn.look(stats)
+        seconds = max(1e-3, time.monotonic() - start)
+        run.log(update, **stats, **step, tok_s=round(int(batch["mask"].sum()) / seconds))
+        warn.look(stats | step)
         run.after(update)
 
-    after = evaluate(models, val, world, cfg, device)
+    after = held_out()
     before = in_units(before, models.score, cfg.no_eos_score)
     run.finish(policy, tokenizer, {"update": 0, **means(before), **scale_of(models.score)},
                {"update": cfg.updates, **means(after), **win_rates(after, before)})

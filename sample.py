@@ -18,8 +18,9 @@ import torch
 from data.examples import encode_prompt, pad, prompt_room
 from data.files import UserError
 from data.records import ANSWER, QUESTION, text_of
-from lib.common import load, load_tokenizer, one_sentence, pick_device
+from lib.common import load, load_tokenizer
 from lib.fast import prepare
+from lib.flags import one_sentence, pick_device
 from lib.generate import generate
 from lib.memory import exhausted
 from lib.output import make_harmless

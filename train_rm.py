@@ -21,8 +21,9 @@ from data.files import UserError
 from data.records import read_preferences, read_prompts
 from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_scores
-from lib.common import Shared, batches, cli, clip_and_step, count_steps, finite, pick_device, set_lr, shuffled
+from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
 from lib.fast import prepare
+from lib.flags import Shared, bounded, cli, pick_device
 from lib.generate import sample_texts
 from lib.memory import check_training
 from lib.report import accuracy, report_pairs
@@ -44,8 +45,8 @@ class Config(Shared):
     epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
     batch_tokens: int = 1792  # tokens in an optimizer step, padding included
     micro_batch: int = 16384  # tokens in a forward pass; without dropout it changes no result
-    lr: float = 5e-4  # peak of the learning rate
-    dropout: float = 0.0  # rate while the reward model is trained
+    lr: float = bounded(5e-4, 0)  # peak of the learning rate
+    dropout: float = bounded(0.0, 0, 0.99)  # rate while the reward model is trained
 
 
 def ranking_loss(scores, groups):

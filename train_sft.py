@@ -8,7 +8,7 @@ their number in the whole optimizer step, so tokens of short and long answers co
     python train_sft.py --data my_folder                # your own sft.jsonl and sft_val.jsonl
     python train_sft.py --init out/gpt2.pt --lr 5e-5    # from GPT-2's weights, see tools/hf.py
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 
 import torch
@@ -17,10 +17,11 @@ from data.examples import encode_demonstrations, open_data, pad, response_mask
 from data.files import UserError
 from data.records import ANSWER, read_sft
 from data.tokenizer import get_tokenizer, train_tokenizer
-from lib.checkpoint import load, load_tokenizer
+from lib.checkpoint import load, load_tokenizer, new_gpt
 from lib.checks import check_model
-from lib.common import Shared, batches, cli, clip_and_step, count_steps, finite, pick_device, set_lr, shuffled
-from lib.fast import prepare
+from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
+from lib.fast import in_pieces, prepare
+from lib.flags import Shared, bounded, cli, pick_device
 from lib.memory import check_training
 from lib.report import print_sample
 from lib.resume import Run
@@ -28,7 +29,7 @@ from model import GPT, GPTConfig
 
 
 @dataclass
-class Config(Shared):
+class Config(Shared, GPTConfig):
     # run
     data: str = "stories"  # folder with sft.jsonl, or "stories", which is generated at the first run
     out: str = "out"  # folder for the results
@@ -36,17 +37,16 @@ class Config(Shared):
     # model
     tokenizer: str = ""  # "gpt2", "bytes" or a BPE file; default: a BPE trained on the demonstrations
     vocab_size: int = 1024  # of the BPE that is trained here
-    n_layer: int = 4  # transformer blocks
-    n_head: int = 4  # attention heads
-    d_model: int = 128  # width
-    block_size: int = 128  # longest text in tokens, prompt and completion
-    dropout: float = 0.0  # rate; 0 is right for one or two passes over the data
+    n_layer: int = 4
+    n_head: int = 4
+    d_model: int = 128
+    block_size: int = bounded(128, 2)
     # training
     epochs: float = 3.0  # passes over the demonstrations
     batch_tokens: int = 2048  # tokens in an optimizer step, padding included
     micro_batch: int = 16384  # tokens in a forward pass; without dropout it changes no result
-    lr: float = 4e-3  # peak of the learning rate
-    weight_decay: float = 0.1  # on matrices only
+    lr: float = bounded(4e-3, 0)  # peak of the learning rate
+    weight_decay: float = bounded(0.1, 0)  # on matrices only
 
 
 def sft_batch(rows, device):
@@ -62,7 +62,7 @@ def sft_loss(gpt, tokens, mask):
     The vocabulary head runs at those positions only.
     """
     h = gpt.trunk(tokens[:, :-1])[mask]  # (N,C)
-    return -gpt.logps(h, tokens[:, 1:][mask]).sum(), int(mask.sum())
+    return -in_pieces(gpt.logps, gpt, h, tokens[:, 1:][mask]).sum(), int(mask.sum())
 
 
 def sft_backward(gpt, rows, micro_batch, device, where, weight=1.0):
@@ -100,12 +100,13 @@ def make_optimizer(gpt, cfg):
 
 def start(cfg, train):
     """A new GPT and its tokenizer, or those of the checkpoint --init."""
+    names = [field.name for field in fields(GPTConfig)]
     if not cfg.init:
         tokenizer = get_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(
             (text for example in train for text in example), cfg.vocab_size)
-        return GPT(GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model,
-                             cfg.dropout)), tokenizer
-    for name in ("tokenizer", "vocab_size", "n_layer", "n_head", "d_model", "block_size"):
+        sizes = {name: getattr(cfg, name) for name in names}
+        return new_gpt(GPTConfig(**sizes | {"vocab_size": tokenizer.vocab_size})), tokenizer
+    for name in sorted({"tokenizer", *names} - {"dropout"}):
         if getattr(cfg, name) != getattr(Config, name) or name in cfg.given:
             raise UserError(f"--init fixes the sizes and tokenizer; remove --{name.replace('_', '-')}")
     return load(GPT, cfg.init, cfg.dropout), load_tokenizer(cfg.init)

@@ -14,6 +14,7 @@ import torch
 
 from data import stories
 from data.files import UserError
+from data.records import read_prompts
 
 
 def open_data(name):
@@ -58,6 +59,12 @@ def encode_rankings(examples, tokenizer, room, name):
 def encode_prompts(prompts, tokenizer, room, name):
     """[prompt] -> token lists of at most `room` tokens."""
     return [prompt for _, prompt, _ in _encode([(prompt, []) for prompt in prompts], tokenizer, room, name)]
+
+
+def open_prompts(folder, tokenizer, room, skip_bad):
+    """Token lists of prompts.jsonl and of prompts_val.jsonl, each of at most `room` tokens."""
+    return [encode_prompts(read_prompts(folder / name, skip_bad), tokenizer, room, name)
+            for name in ("prompts.jsonl", "prompts_val.jsonl")]
 
 
 def encode_prompt(prompt, tokenizer):

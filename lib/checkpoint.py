@@ -5,6 +5,7 @@ script needs.
 """
 import dataclasses
 import filecmp
+import math
 import os
 import pickletools
 import zipfile
@@ -55,15 +56,45 @@ def write(path, data, keep=None):
                         "earlier checkpoints are intact") from None
 
 
-def save(path, model, tokenizer, keep="other"):
+def save(path, model, tokenizer, keep=None):
     """Write a checkpoint that `load` and `load_tokenizer` read; keep: see `write`. UserError: weights are not
-    finite."""
+    finite, or `load` would not take the config."""
     check_finite(model, path)
+    check_config(model.config)
     data = {"kind": type(model).__name__, "config": dataclasses.asdict(model.config),
             "tokenizer": tokenizer.spec(), "weights": model.state_dict(),
             "pool": model.pool if isinstance(model, RewardModel) else None, "probe": probe(model),
             "chat": getattr(model, "chat", None)}
     write(Path(path), data, keep)
+
+
+def limits(field):
+    """The smallest and the largest number that a field of a dataclass may be, see GPTConfig."""
+    if field.type not in (int, float):
+        return -math.inf, math.inf
+    low = -(2**31) if field.default < 0 else 0 if field.default == 0 else 1 if field.type is int else 1e-9
+    return field.metadata.get("limits", (low, 2**31))
+
+
+def check_config(config):
+    """UserError: a field has another type than it is declared with, or is outside its limits."""
+    for field in dataclasses.fields(config):
+        x, name = getattr(config, field.name), f"GPTConfig.{field.name}"
+        if field.type not in (int, float, bool, str):
+            raise UserError(f"{name} is declared as {field.type}; checkpoints hold int, float, bool and str")
+        if type(x) is not field.type:
+            raise UserError(f"{name} is {x!r:.40}, and declared as {field.type.__name__}")
+        if field.type in (int, float) and not limits(field)[0] <= x <= limits(field)[1]:
+            raise UserError(f"{name} is {x}, and must lie between {limits(field)[0]} and {limits(field)[1]}")
+
+
+def new_gpt(config):
+    """UserError: this model.py can't make such a network, or no checkpoint can hold its config."""
+    check_config(config)
+    try:
+        return GPT(config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_finite(model, what):
@@ -97,16 +128,15 @@ def load(model_class, path, dropout=0.0):
     if data["kind"] != model_class.__name__:
         raise UserError(f"{path} holds a {data['kind']}; expected a {model_class.__name__}")
     try:
-        fields, types = {**data["config"], "dropout": float(dropout)}, GPTConfig.__annotations__
-        if not all(type(x) is types.get(name) and 0 <= x < 2**31 for name, x in fields.items()
-                   ) or fields.get("n_layer", 1) > len(data["weights"]):
-            raise ValueError("its config has unknown fields or impossible values")
-        config = GPTConfig(**fields)
+        config = GPTConfig(**data["config"] | {"dropout": float(dropout)})
+        check_config(config)
+        if config.n_layer > len(data["weights"]):
+            raise ValueError("its config has more layers than weights")
         with torch.device("meta"):  # names and sizes are compared before anything is allocated
             _build(model_class, config, data["pool"]).load_state_dict(data["weights"], assign=True)
         model = _build(model_class, config, data["pool"])
         model.load_state_dict(data["weights"])
-    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, UserError) as error:
         why = str(error).splitlines()[:2][-1].strip()
         raise UserError(f"{path}: the weights do not fit this model.py ({why:.300})") from None
     check_finite(model, path)

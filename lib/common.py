@@ -1,149 +1,15 @@
-"""What every script needs: command line, device, batches, learning rate, log, checkpoints."""
-import argparse
-import collections
+"""What the training scripts share: batches, learning rate, steps, log, checkpoints."""
 import dataclasses
-import inspect
 import itertools
 import json
 import math
 import os
-import re
-import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from data.files import UserError
 from lib.checkpoint import load, load_tokenizer, save  # noqa: F401, for callers
-from lib.fast import compiler_fault, keep_memory
-from lib.memory import check_sizes, exhausted
-from lib.output import make_harmless
-
-
-@dataclasses.dataclass
-class Shared:
-    """Flags that all training scripts share: each has a Config that is derived from this."""
-
-    # run
-    save_every: int = 200  # steps (PPO: updates) between saved states, to resume from; 0: at the end only
-    resume: bool = False  # continue from the last saved state
-    seed: int = 1  # of new weights, order and samples
-    device: str = "auto"  # "cuda", "mps", "cpu"
-    bf16: bool = False  # the blocks' matrix products in bfloat16, but not in generation
-    checkpoint_activations: bool = False  # less memory, a third more work: blocks are computed twice
-    compile: bool = False  # torch.compile, in generation only on a GPU; needs a C++ compiler
-    skip_bad: bool = False  # skip malformed lines and report how many
-
-    given = frozenset()  # names of the flags on the command line; no field
-
-
-def cli(main, Config):
-    """Parse flags into Config and run main; report a user's mistake as one sentence, exit 1."""
-    make_harmless()
-    try:
-        cfg = Config(**vars(flags(main, Config).parse_args()))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    cfg.given = {arg[2:].partition("=")[0].replace("-", "_") for arg in sys.argv[1:] if arg.startswith("--")}
-    keep_memory()
-    with one_sentence(Path(sys.argv[0]).name, "Try a smaller --micro-batch or --checkpoint-activations; "
-                      "`python -m tools.bench --plan` estimates what PPO needs"):
-        check_numbers(cfg)
-        check_pairs(cfg)
-        check_sizes(cfg, pick_device(cfg.device).type)
-        main(cfg)
-
-
-@contextmanager
-def one_sentence(name, remedy):
-    """Inside, what the user can mend ends the program `name` with one sentence and exit code 1: a mistake,
-    a file, too little memory (`remedy` says what to lower), a compiler. Anything else keeps its traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:  # before the first step, or pressed once more
-        sys.exit(130)
-    except Exception as error:
-        if lack := exhausted(error):
-            sys.exit(f"{name}: {lack} {remedy}")
-        if isinstance(error, UserError) or isinstance(error, OSError) and not error.filename:
-            sys.exit(f"{name}: {error}")
-        if isinstance(error, OSError):
-            sys.exit(f"{name}: {error.filename}: {error.strerror}")
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            sys.exit(f"{name}: --compile: torch.compile failed ({compiler_fault(error)}); drop --compile")
-        raise
-
-
-def flags(main, Config):
-    """The parser: a flag for each field of Config, its comment as help; a comment line is a heading."""
-    parser = argparse.ArgumentParser(description=sys.modules[main.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    fields, group, groups = {field.name: field for field in dataclasses.fields(Config)}, parser, {"": parser}
-    source = "\n    # \n".join(inspect.getsource(c) for c in Config.__mro__ if dataclasses.is_dataclass(c))
-    for heading, name, note in re.findall(r"^    (?:# (.*)|(\w+): .*?(?:# *(.*))?)$", source, re.M):
-        if not name:
-            group = groups[heading] = groups.get(heading) or parser.add_argument_group(heading)
-        elif field := fields.pop(name, None):  # else a default of Shared's that Config has changed
-            how = {"action": "store_true"} if field.type is bool else {"type": field.type}
-            help = f"{note} (default {field.default!r})".replace("%", "%%")
-            group.add_argument("--" + name.replace("_", "-"), default=field.default, help=help, **how)
-    return parser
-
-
-LIMITS = {"seed": (0, 2**63 - 1), "dropout": (0, 0.99), "lam": (0, 1), "block_size": (2, 2**31),
-          "no_eos_score": (-1e9, 1e9), "clip": (1e-9, math.inf), "update_kl": (0, math.inf),
-          "temperature": (0.01, 100)}
-LIMITS |= dict.fromkeys(("lr", "critic_lr", "weight_decay", "save_every", "kl_coef", "kl_target", "ptx_coef",
-                         "show", "wide_gap"), (0, 1e9))
-
-
-def check_numbers(cfg):
-    """UserError: a number of the command line is nan or outside its LIMITS (by default above 0)."""
-    for name, x in vars(cfg).items():
-        low, high = LIMITS.get(name, (1 if type(x) is int else 1e-9, 2**31))
-        if type(x) in (int, float) and not low <= x <= high:
-            raise UserError(f"--{name.replace('_', '-')} {x} must lie between {low} and {high}")
-
-
-def check_pairs(cfg):
-    """UserError: flags that are valid alone but can't work together, or would silently do nothing."""
-    x = {field.name: field.default for field in dataclasses.fields(cfg)}
-    changed = {name for name, default in x.items() if getattr(cfg, name) != default} | cfg.given
-    x = collections.defaultdict(float, vars(cfg))
-    wrong = {
-        "--kl-coef must be at least 1e-9 with --kl-target, which changes it by a factor":
-            x["kl_target"] and x["kl_coef"] < 1e-9,
-        "--kl-horizon does nothing without --kl-target": "kl_horizon" in changed and not x["kl_target"],
-        "--reward-scale does nothing without --reward": "reward_scale" in changed and not x["reward"],
-        f"--reward-scale {x['reward_scale']}: expected first or none":
-            x["reward"] and x["reward_scale"] not in ("first", "none"),
-        "--minibatches must not exceed --batch": x["minibatches"] > x["batch"],
-        "--d-model must be a multiple of --n-head":
-            x["n_head"] and not x["init"] and x["d_model"] % x["n_head"],
-        "--lr times --weight-decay must stay below 1: each step takes that share off every matrix":
-            x["lr"] * x["weight_decay"] >= 1,
-        "--vocab-size is for the BPE that is trained here; remove it, or --tokenizer":
-            "vocab_size" in changed and x["tokenizer"],
-    }
-    for sentence, so in wrong.items():
-        if so:
-            raise UserError(sentence)
-
-
-def pick_device(name):
-    """"auto" is a GPU where there is one, then Apple's MPS, then the CPU. UserError: not available."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"--device {name}: not available on this machine") from None
-    if name.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # TF32; some CPUs would round as well
-    return torch.device(name)
 
 
 def batches(lengths, budget, generator=None, rows=None):

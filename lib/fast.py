@@ -101,6 +101,23 @@ def plain(model):
         model.train(training)
 
 
+LOGITS_AT_ONCE = 2**23  # held in one piece by `in_pieces`: 32 MiB in float32
+
+
+def in_pieces(function, gpt, h, *rest):
+    """function(h, *rest) of N hidden states h (N,C) and as many rows of each of `rest` -> (N,...).
+
+    It is called on pieces of them, and computed again in the backward pass, so that what it makes of
+    `gpt`'s logits, say gpt.logps, never holds N x V of them. To rounding, the plain result.
+    """
+    n = max(1, LOGITS_AT_ONCE // gpt.config.vocab_size)
+    if len(h) <= n:
+        return function(h, *rest)
+    pieces = zip(*(x.split(n) for x in (h, *rest)), strict=True)
+    return torch.cat([checkpoint(function, *some, use_reentrant=False, preserve_rng_state=False)
+                      for some in pieces])
+
+
 def fixed_steps(gpt):
     """Whether `generate` takes steps of one shape at fixed addresses: compiled, on a GPU."""
     return gpt.trunk._compiled_call_impl is not None and gpt.lm_head.weight.is_cuda

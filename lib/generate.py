@@ -36,7 +36,7 @@ class Cache(nn.Module):
         self.empty, self.filled, self.expected = True, 0, None  # filled: places in use, of the longest row
 
     def expect(self, lengths):
-        """Of the tokens that are read next, the first `lengths` (B,) of each row are real, the rest padding."""
+        """Of the tokens read next, the first `lengths` (B,) of each row are real, the rest is padding."""
         self.expected = lengths
 
     def advance(self, T):

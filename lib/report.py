@@ -8,7 +8,7 @@ import torch
 from data.examples import pad
 from lib.common import masked_mean
 from lib.generate import generate
-from lib.rewards import score_rows, split_texts
+from lib.rewards import in_units, score_rows, split_texts
 from lib.state import check_plain
 
 
@@ -104,6 +104,29 @@ def measure(batch, tokenizer, world):
             "eos": batch["ended"].float(), "length": mask.sum(1).float(), "texts": texts}
 
 
+def evaluate(phases, models, prompts, world, cfg, device):
+    """One response to each held-out prompt, always with the same random numbers: lists with an entry a
+    prompt; gold and judge are empty where there is no such thing. phases: rollout and assess of ppo.py."""
+    rollout, assess = phases
+    generator = torch.Generator(device).manual_seed(0)
+    result = {name: [] for name in ("score", "raw", "judge", "kl", "gold", "eos", "length", "texts")}
+    for start in range(0, len(prompts), cfg.batch):
+        some = prompts[start : start + cfg.batch]
+        batch = rollout(models.policy, some, models.tokenizer.eos, cfg, generator)
+        batch = assess(batch, models, cfg)
+        with torch.inference_mode():
+            judged = models.judge.score(batch["tokens"], batch["lengths"]) if models.judge else []
+        for name, x in {**measure(batch, models.tokenizer, world), "judge": judged}.items():
+            result[name] += x.tolist() if torch.is_tensor(x) else x
+    return in_units(result, models.score, cfg.no_eos_score)
+
+
+def explained_variance(value, ret, mask):
+    """1 - mean squared error / variance of the returns; nan when the returns don't vary."""
+    spread = masked_mean((ret - masked_mean(ret, mask)) ** 2, mask)
+    return (1 - masked_mean((value - ret) ** 2, mask) / spread).item() if spread > 1e-12 else math.nan
+
+
 def rollout_stats(batch, tokenizer, world):
     """Means over a rollout: of responses, or of response tokens under the mask."""
     seen, mask = measure(batch, tokenizer, world), batch["mask"]
@@ -111,11 +134,12 @@ def rollout_stats(batch, tokenizer, world):
     return {"score": seen["score"].mean().item(), **raw, **({"gold": fmean(seen["gold"])} if world else {}),
             "kl": seen["kl"].mean().item(),
             "entropy": -masked_mean(batch["logp"], mask).item(),  # an unbiased estimate, in nats per token
-            "eos": seen["eos"].mean().item(), "length": seen["length"].mean().item()}
+            "eos": seen["eos"].mean().item(), "length": seen["length"].mean().item(),
+            "explained": explained_variance(batch["value"], batch["ret"], mask)}
 
 
 def means(result):
-    """The mean of every list of numbers in a result of ppo.evaluate, and how varied its texts are."""
+    """The mean of every list of numbers in a result of `evaluate`, and how varied its texts are."""
     numbers = {name: fmean(x) for name, x in result.items() if name != "texts" and x}
     return numbers | {"distinct_2": distinct_2([response for _, response in result["texts"]])}
 
@@ -178,7 +202,7 @@ class Warnings:
         self.say(warnings(stats, self.first, self.useless))
 
     def compare(self, before, after):
-        """To be called with two results of ppo.evaluate."""
+        """To be called with two results of `evaluate`."""
         self.say(gain_from_ends(before, after))
 
     def say(self, sentences):
@@ -222,7 +246,7 @@ PATIENCE = 15  # a critic that starts from nothing needs about 10
 
 
 def gain_from_ends(before, after):
-    """A warning, [sentence] or [], about two results of ppo.evaluate: more than half of a gain in score is
+    """A warning, [sentence] or [], about two results of `evaluate`: more than half of a gain in score is
     that --no-eos-score is given more or less often, not that the responses that end are better."""
     def mean_of_ended(result):
         ended = [score for score, eos in zip(result["score"], result["eos"], strict=True) if eos]

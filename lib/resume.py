@@ -84,6 +84,8 @@ class Run:
                                             for x in start.values())
         if not plain or type(step) is not int or step < 0:
             raise UserError(f"{path} is not an onetrunk saved state, or is corrupt")
+        new = {"--" + field.name.replace("_", "-"): field.default for field in dataclasses.fields(self.cfg)}
+        start = new | start  # of a flag that there was not yet, a state knows nothing
         was = [f"{name} was {start.get(name)}" for name, x in self.start.items() if start.get(name) != x]
         if was:
             raise UserError(f"--resume: the run in {path} was started with different settings: "

@@ -1,20 +1,58 @@
-"""Where scores come from: a reward model, or a Python function of the user's."""
+"""PPO's models, and where scores come from: a reward model, or a Python function of the user's."""
 import contextlib
+import copy
 import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from data.examples import pad
 from data.files import UserError
+from data.tokenizer import Tokenizer
 from lib.common import batches, finite, load, load_tokenizer, micro_batches
+from lib.fast import prepare
 from lib.resume import crc
 from lib.state import check_plain
-from lib.user_code import saved, user_code
-from model import RewardModel
+from lib.user_code import import_function, saved, user_code
+from model import GPT, RewardModel
+
+
+class Models(NamedTuple):
+    """What an update needs; only policy and critic learn."""
+
+    policy: GPT
+    ref: GPT
+    critic: RewardModel
+    score: Callable  # (tokens, lengths, P) -> (B,)
+    judge: RewardModel | None
+    tokenizer: Tokenizer
+
+
+def load_models(cfg, device, run=None):
+    """The Models of out/sft.pt and out/rm.pt, or of --reward, and --judge."""
+    out = Path(cfg.out)
+
+    def ready(model):
+        return prepare(model, device, cfg)
+
+    policy, tokenizer = ready(load(GPT, out / "sft.pt")), load_tokenizer(out / "sft.pt")
+    ref = ready(copy.deepcopy(policy)).requires_grad_(False)
+    if cfg.reward:
+        scale = Scale() if cfg.reward_scale == "first" else None
+        score = TextScore(import_function(cfg.reward, run), cfg.reward, tokenizer, scale, run)
+        critic = ready(RewardModel.from_gpt(policy))
+        torch.nn.init.zeros_(critic.reward_head.weight)  # nothing is known of these scores: start at 0
+    else:
+        rm = ready(load_reward_model(out / "rm.pt", policy, tokenizer))
+        critic = ready(copy.deepcopy(rm))  # (6)
+        score = model_score(rm.requires_grad_(False), cfg.micro_batch)
+    judge = ready(load_reward_model(Path(cfg.judge), policy, tokenizer)) if cfg.judge else None
+    return Models(policy, ref, critic, score, judge, tokenizer)
 
 
 def load_reward_model(path, gpt, tokenizer):
@@ -169,7 +207,7 @@ def units(score):
 
 
 def in_units(result, score, no_eos_score):
-    """A result of ppo.evaluate, its scores in the units that the TextScore `score` has now; of a reward
+    """A result of report.evaluate, its scores in the units that the TextScore `score` has now; of a reward
     model they never change."""
     if not result.get("raw"):
         return result

@@ -65,10 +65,15 @@ def gen(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def tiny_gpt(seed=0, std=0.3, **sizes):
+def gpt_config(V, T, L, H, C, dropout=0.0):
+    """A GPTConfig in few letters."""
+    return GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, d_model=C, dropout=dropout)
+
+
+def tiny_gpt(seed=0, std=0.3, **other):
     """A GPT of TINY sizes in eval mode, its matrices drawn with `std` (None: as they start)."""
     torch.manual_seed(seed)
-    gpt = GPT(GPTConfig(**TINY | sizes))
+    gpt = GPT(GPTConfig(**TINY | other))
     for p in gpt.parameters():
         if std and p.dim() > 1:
             torch.nn.init.normal_(p, std=std)

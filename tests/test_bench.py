@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
+from helpers import gpt_config
 
 from data.files import UserError
 from lib.generate import generate
-from model import GPT, GPTConfig, RewardModel, Trunk
+from model import GPT, RewardModel, Trunk
 from tools import bench, bench_plan
 from tools.bench import Config
 from tools.bench_jobs import (
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 
 def fake_stories(out, device):
     rows = [([1] * (5 + i % 7), 2) for i in range(20)]
-    gpt = bench.ending_gpt(GPTConfig(40, 128, 2, 2, 16), eos=39, mean=5)
+    gpt = bench.ending_gpt(gpt_config(40, 128, 2, 2, 16), eos=39, mean=5)
     return rows, gpt, [[1, 2, 3], [4]], 39, "tiny"
 
 
@@ -128,7 +129,7 @@ def test_every_part_multiplies_as_the_scripts_do(monkeypatch):
 
 def test_texts_end_at_lengths_that_vary():
     torch.manual_seed(0)
-    gpt = bench.ending_gpt(GPTConfig(500, 120, 2, 2, 32), eos=499, mean=20)
+    gpt = bench.ending_gpt(gpt_config(500, 120, 2, 2, 32), eos=499, mean=20)
     tokens, P = torch.ones(64, 1, dtype=torch.long), torch.ones(64, dtype=torch.long)
     _, lengths = generate(gpt, tokens, P, 100, eos=499, generator=torch.Generator().manual_seed(0))
     assert 10 < lengths.float().mean() < 40 and lengths.float().std() > 8
@@ -174,7 +175,7 @@ def test_plan_is_exact_for_what_training_holds():
 
 def test_saved_floats_are_what_autograd_saves():
     torch.manual_seed(0)
-    rm, B, T = RewardModel(Trunk(GPTConfig(17, 32, 3, 4, 64))), 4, 32
+    rm, B, T = RewardModel(Trunk(gpt_config(17, 32, 3, 4, 64))), 4, 32
     weights, saved = {p.data_ptr() for p in rm.parameters()}, {}
 
     def pack(x):
@@ -189,17 +190,17 @@ def test_saved_floats_are_what_autograd_saves():
 
 
 def test_plan_grows_with_everything():
-    base = dict(config=GPTConfig(1024, 256, 4, 4, 128), batch=64, prompt=64, response=64, rows=16)
+    base = dict(config=gpt_config(1024, 256, 4, 4, 128), batch=64, prompt=64, response=64, rows=16)
     peak = count_bytes(**base)["peak"]
     bigger = [("batch", 4096), ("prompt", 128), ("response", 128), ("rows", 32),
-              ("config", GPTConfig(1024, 256, 8, 4, 128)), ("config", GPTConfig(1024, 256, 4, 4, 256)),
-              ("config", GPTConfig(2048, 256, 4, 4, 128))]
+              ("config", gpt_config(1024, 256, 8, 4, 128)), ("config", gpt_config(1024, 256, 4, 4, 256)),
+              ("config", gpt_config(2048, 256, 4, 4, 128))]
     assert all(count_bytes(**base | {name: value})["peak"] > peak for name, value in bigger)
     assert count_bytes(**base, checkpointed=True)["peak"] < peak
 
 
 def test_largest_is_the_largest():
-    config, sizes = GPTConfig(1024, 128, 4, 4, 128), (64, 32, 32)
+    config, sizes = gpt_config(1024, 128, 4, 4, 128), (64, 32, 32)
 
     def peak(rows):
         return count_bytes(config, *sizes, rows)["peak"]

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import CPU, PPO, SIZES, make_data
+from helpers import CPU, PPO, SIZES, gpt_config, make_data
 
 import lib.checkpoint
 import lib.generate
@@ -20,6 +20,7 @@ from lib.checks import check_model, check_scores, check_start
 from lib.common import Log, finite
 from lib.fast import prepare
 from lib.report import warnings
+from lib.rewards import Models
 from model import GPT, RewardModel
 
 
@@ -103,19 +104,19 @@ def test_ppo_does_not_start_with_a_broken_model(made, monkeypatch, change, why):
 
 def toy_models(gpt, critic):
     """For check_start, which scores nothing: the reference is the policy itself."""
-    return ppo.Models(gpt, gpt, critic, None, None, types.SimpleNamespace(eos=0))
+    return Models(gpt, gpt, critic, None, None, types.SimpleNamespace(eos=0))
 
 
 @pytest.mark.parametrize("how, limit", [({}, 1e-5), ({"bf16": True}, 1e-2), ({"compile": True}, 1e-2)])
 def test_how_near_to_1_the_ratio_must_be_before_ppo_starts(monkeypatch, how, limit):
     """To the limit, in both directions; where the mean ratio is 1 the KL, a sixth of the offset's square,
     must be below that of the limit."""
-    def shifted(logps, self, h, targets, *rest):
+    def shifted(logps, self, h, targets, **how):
         offset = limit * (by.mean + by.spread * torch.linspace(-1, 1, len(targets)))
-        return logps(self, h, targets, *rest) + (offset if torch.is_grad_enabled() else 0)
+        return logps(self, h, targets, **how) + (offset if torch.is_grad_enabled() else 0)
 
     hack(monkeypatch, GPT, "logps", shifted)
-    gpt = GPT(model.GPTConfig(11, 16, 1, 2, 16)).eval()
+    gpt = GPT(gpt_config(11, 16, 1, 2, 16)).eval()
     cfg, models = ppo.Config(max_new_tokens=8, **how), toy_models(gpt, RewardModel.from_gpt(gpt))
     by = types.SimpleNamespace()
     for by.mean, by.spread, sound in ((.95, 0, True), (-.95, 0, True), (1.05, 0, False), (-1.05, 0, False),
@@ -129,7 +130,7 @@ def test_how_near_to_1_the_ratio_must_be_before_ppo_starts(monkeypatch, how, lim
 @pytest.mark.parametrize("block_size", [2, 3, 5, 40])
 def test_sound_models_pass_whatever_their_size(dropout, block_size):
     """And the global random numbers are left alone; plain layers or those of this CPU."""
-    gpt = GPT(model.GPTConfig(11, block_size, 2, 2, 16, dropout)).train()
+    gpt = GPT(gpt_config(11, block_size, 2, 2, 16, dropout)).train()
     before = torch.get_rng_state()
     for _ in range(2):
         check_model(gpt)
@@ -140,7 +141,7 @@ def test_sound_models_pass_whatever_their_size(dropout, block_size):
 
 
 def test_the_checks_take_under_two_seconds_at_the_size_of_the_stories():
-    gpt, start = GPT(model.GPTConfig(1024, 128, 4, 4, 128)).train(), time.process_time()
+    gpt, start = GPT(gpt_config(1024, 128, 4, 4, 128)).train(), time.process_time()
     check_model(gpt)
     rm = RewardModel.from_gpt(gpt).eval()
     check_scores(rm)

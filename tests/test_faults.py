@@ -236,7 +236,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 import train_sft
-from lib.common import cli
+from lib.flags import cli
 sys.argv = ["train_sft.py", "--data", "data", "--tokenizer", "bytes", "--n-layer", "1", "--n-head", "2",
             "--d-model", "16", "--block-size", "32", "--device", "cpu", *{flags!r}]
 cli(train_sft.main, train_sft.Config)

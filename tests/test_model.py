@@ -5,6 +5,7 @@ After an edit of model.py, run this file: it says whether causality, cache, padd
 import copy
 import itertools
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -95,7 +96,7 @@ def test_too_long_is_an_error(tiny):
     with pytest.raises(ValueError, match="block_size 32"):
         gpt.trunk(torch.zeros(1, 3, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="n_head"):
-        GPTConfig(d_model=30, n_head=4)
+        GPT(GPTConfig(d_model=30, n_head=4))
 
 
 
@@ -285,11 +286,12 @@ def test_room_is_the_longest_text_that_score_takes(rm):
 
 @pytest.mark.parametrize("pieces", [2**24, 17 * 6, 1], ids=["whole", "six", "single"])
 def test_logps_in_pieces_equal_the_plain_formula_with_gradients(tiny, rng, monkeypatch, pieces):
-    monkeypatch.setattr(GPT, "LOGITS_AT_ONCE", pieces)
+    monkeypatch.setattr(fast, "LOGITS_AT_ONCE", pieces)
     gpt, plain = tiny(), tiny()
     tokens, weight = random_tokens(rng, 2, 10), torch.randn(20, generator=rng)
     targets = random_tokens(rng, 20)
-    got = gpt.logps(gpt.trunk(tokens).reshape(20, 32), targets, temperature=0.7)
+    logps = partial(gpt.logps, temperature=0.7)
+    got = fast.in_pieces(logps, gpt, gpt.trunk(tokens).reshape(20, 32), targets)
     want = (plain(tokens).reshape(20, 17) / 0.7).log_softmax(-1)[range(20), targets]
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     (got @ weight).backward()
@@ -299,10 +301,10 @@ def test_logps_in_pieces_equal_the_plain_formula_with_gradients(tiny, rng, monke
 
 
 def test_logps_never_holds_all_logits(tiny, rng, monkeypatch):
-    monkeypatch.setattr(GPT, "LOGITS_AT_ONCE", 17 * 6)
+    monkeypatch.setattr(fast, "LOGITS_AT_ONCE", 17 * 6)
     gpt, seen = tiny(), []
     gpt.lm_head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    gpt.logps(torch.randn(20, 32, generator=rng), random_tokens(rng, 20))
+    fast.in_pieces(gpt.logps, gpt, torch.randn(20, 32, generator=rng), random_tokens(rng, 20))
     assert seen == [6, 6, 6, 2]
 
 

@@ -10,7 +10,20 @@ import sys
 
 import pytest
 import torch
-from helpers import BYTES, CPU, PPO, ROOT, SIZES, gen, jsonl, lines, make_data, same_weights, steps
+from helpers import (
+    BYTES,
+    CPU,
+    PPO,
+    ROOT,
+    SIZES,
+    gen,
+    gpt_config,
+    jsonl,
+    lines,
+    make_data,
+    same_weights,
+    steps,
+)
 
 import model
 import ppo
@@ -22,12 +35,12 @@ from data.files import UserError
 from data.records import read_preferences, read_prompts, read_sft
 from data.tokenizer import train_tokenizer
 from lib.checkpoint import load, load_tokenizer, save
-from lib.common import check_numbers, cli
 from lib.fast import prepare
+from lib.flags import check_numbers, cli
 from lib.generate import generate
-from lib.report import distinct_2, means
-from lib.rewards import load_reward_model
-from model import GPT, GPTConfig, RewardModel
+from lib.report import distinct_2, explained_variance, means
+from lib.rewards import load_models, load_reward_model
+from model import GPT, RewardModel
 
 RM = {"batch_tokens": 512, "device": "cpu"}
 
@@ -210,7 +223,7 @@ def test_compile_gives_the_same_gradients_and_changes_no_name(monkeypatch):
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(
         self, backend="aot_eager", fullgraph=True, **how))
-    gpt = GPT(GPTConfig(17, 32, 2, 2, 16)).eval()
+    gpt = GPT(gpt_config(17, 32, 2, 2, 16)).eval()
     fast, tokens = GPT(gpt.config).eval(), torch.randint(17, (3, 9))
     fast.load_state_dict(gpt.state_dict())
     prepare(fast, cfg=ppo.Config(compile=True))
@@ -231,7 +244,7 @@ def test_R28_K2_policy_reference_critic_and_reward_share_nothing(made, tmp_path,
     """Ruining the policy and the critic changes neither the reference nor the scores."""
     (tmp_path / "mine.py").write_text("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
     reward = f"{tmp_path / 'mine.py'}:f" if with_function else ""
-    models = ppo.load_models(ppo.Config(out=str(made / "out"), reward=reward), CPU)
+    models = load_models(ppo.Config(out=str(made / "out"), reward=reward), CPU)
     tokens, lengths = torch.randint(97, 120, (4, 9)), torch.tensor([9, 7, 5, 3])
 
     def look():
@@ -378,7 +391,7 @@ def test_the_kl_of_each_rollout_steers_the_coefficient_of_the_next(run, spy):
     coef = ppo.Config.kl_coef
     together = zip(made, adapted, updates, strict=True)
     for ((batch, kl_coef, lam), whole), ((old, kl, *rest), new), line in together:
-        explained = ppo.explained_variance(whole["value"], whole["ret"], whole["mask"])
+        explained = explained_variance(whole["value"], whole["ret"], whole["mask"])
         assert line["explained"] == explained and whole["mask"].any()
         gap = torch.where(batch["mask"], batch["logp"] - batch["ref_logp"], 0.0)
         assert kl == line["kl"] == pytest.approx(gap.sum(1).mean().item(), abs=1e-6)
@@ -506,7 +519,7 @@ def test_missing_checkpoints_name_the_command_that_makes_them(made, tmp_path):
 def test_a_reward_model_of_another_tokenizer_is_refused(made, tmp_path):
     shutil.copy(made / "out/sft.pt", tmp_path)
     tokenizer = train_tokenizer(["an apple and an ant"] * 20, 260)
-    other = RewardModel.from_gpt(GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, 32)))
+    other = RewardModel.from_gpt(GPT(gpt_config(tokenizer.vocab_size, 32, 1, 2, 32)))
     save(tmp_path / "rm.pt", other, tokenizer)
     with pytest.raises(UserError, match="another tokenizer"):
         ppo.main(ppo.Config(data=str(made / "data"), out=str(tmp_path), **PPO))
@@ -515,7 +528,7 @@ def test_a_reward_model_of_another_tokenizer_is_refused(made, tmp_path):
 @pytest.mark.parametrize("length", [16, 48])
 def test_a_reward_model_for_shorter_texts_is_refused_and_one_for_longer_taken(made, tmp_path, length):
     policy, path = load(GPT, made / "out/sft.pt"), tmp_path / "rm.pt"
-    config = GPTConfig(257, length, 1, 2, 32)
+    config = gpt_config(257, length, 1, 2, 32)
     save(path, RewardModel.from_gpt(GPT(config)), BYTES)
     if length == 48:
         assert load_reward_model(path, policy, BYTES).config == config
@@ -651,7 +664,7 @@ def run_sample(*args):
 
 @pytest.mark.slow
 def test_a_reward_model_for_shorter_texts_scores_no_samples(made, tmp_path):
-    save(tmp_path / "rm.pt", RewardModel.from_gpt(GPT(GPTConfig(257, 16, 1, 2, 32))), BYTES)
+    save(tmp_path / "rm.pt", RewardModel.from_gpt(GPT(gpt_config(257, 16, 1, 2, 32))), BYTES)
     done = run_sample("--ckpt", made / "out/ppo.pt", "--reward", tmp_path / "rm.pt")
     assert done.returncode == 1 and "was trained for shorter texts than" in done.stderr
     assert "Traceback" not in done.stderr

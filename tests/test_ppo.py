@@ -20,17 +20,15 @@ from data.examples import encode_prompts, pad, response_mask
 from data.files import UserError
 from lib.checkpoint import load, save
 from lib.common import Cycle, micro_batches
-from lib.report import means, win_rate
-from lib.rewards import TextScore, model_score
+from lib.report import evaluate, explained_variance, means, win_rate
+from lib.rewards import Models, TextScore, load_models, model_score
 from model import GPT, RewardModel
 from ppo import (
     Config,
-    Models,
     adapt_kl_coef,
     advantages,
     approx_kl,
     assess,
-    explained_variance,
     gae,
     improve,
     masked_mean,
@@ -44,6 +42,7 @@ from ppo import (
 from train_sft import sft_batch, sft_loss
 
 EOS = 16
+PHASES = rollout, assess
 POISON = [math.nan, 1e9]
 ONE = torch.ones(1, 1, dtype=torch.bool)  # the mask of a single token
 
@@ -425,18 +424,21 @@ class Table(nn.Module):
     """A GPT whose "hidden states" are the logits it stores for each prefix of a response. Prompts are one
     token long."""
 
-    logps, LOGITS_AT_ONCE = GPT.logps, GPT.LOGITS_AT_ONCE
+    logps = GPT.logps
 
     def __init__(self, logits, prefixes=((),)):
         super().__init__()
         self.config = types.SimpleNamespace(vocab_size=logits.shape[1])
-        self.logits, self.prefixes = nn.Parameter(logits), list(prefixes)
+        self.table, self.prefixes = nn.Parameter(logits), list(prefixes)
         self.lm_head = nn.Identity()
+
+    def logits(self, h):
+        return h
 
     def trunk(self, tokens):
         index = [[self.prefixes.index(tuple(row[1 : t + 1])) if tuple(row[1 : t + 1]) in self.prefixes else 0
                   for t in range(len(row))] for row in tokens.tolist()]
-        return self.logits[torch.tensor(index)]
+        return self.table[torch.tensor(index)]
 
 
 class Constant(nn.Module):
@@ -489,12 +491,12 @@ def test_B2_K7_expected_gradient_is_that_of_the_objective():
     logp = token_logps(policy, tokens, 1.0, batch["mask"])
     weight = batch["logp"].sum(1).exp()[:, None] * batch["mask"].sum()
     policy_loss(logp, batch["logp"], adv * weight, batch["mask"], .2)[0].backward()
-    shipped, policy.logits.grad = policy.logits.grad, None
-    p = policy.logits.log_softmax(-1), ref.logits.detach().log_softmax(-1)
+    shipped, policy.table.grad = policy.table.grad, None
+    p = policy.table.log_softmax(-1), ref.table.detach().log_softmax(-1)
     log_p, log_ref = (torch.stack([sum(table[prefixes.index(s[:t]), s[t]] for t in range(len(s)))
                                    for s in every if s not in prefixes]) for table in p)
     (log_p.exp() * (score - kl_coef * (log_p - log_ref))).sum().backward()
-    close(-shipped, policy.logits.grad, 1e-6)
+    close(-shipped, policy.table.grad, 1e-6)
     assert shipped.abs().max() > 0.01
 
 
@@ -771,14 +773,14 @@ def test_B1_bandit_reaches_the_optimum(kl_coef, optimum, best):
     for update in range(updates):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 0.03 * (1 - update / updates)
-        p = policy.logits[0].softmax(-1).detach()
+        p = policy.table[0].softmax(-1).detach()
         token = torch.multinomial(p.expand(B, 3), 1, generator=g)
         batch = {"tokens": torch.cat([torch.zeros_like(token), token], 1), "lengths": torch.full((B,), 2),
                  "P": torch.ones(B, dtype=torch.long), "mask": torch.ones(B, 1, dtype=torch.bool),
                  "ended": torch.ones(B, dtype=torch.bool)}
         batch = advantages(assess(batch, models, cfg), kl_coef, .95)
         improve(models, optimizers, batch, cfg, update, g)
-    p = policy.logits[0].softmax(-1).detach()
+    p = policy.table[0].softmax(-1).detach()
     close(p, torch.tensor(optimum), 0.02)
     J = (p * r).sum() - kl_coef * (p * (p / rho).log()).sum()
     assert J.item() == pytest.approx(best, abs=3e-3)
@@ -852,11 +854,11 @@ def out(tmp_path):
 def test_what_model_py_freezes_stays_frozen(monkeypatch, out, reward):
     """In policy and critic, in the critic of a reward function too; all of the reference is frozen."""
     reward = reward and f"{out}/{reward}"
-    models = ppo.load_models(Config(out=str(out), reward=reward), CPU)
+    models = load_models(Config(out=str(out), reward=reward), CPU)
     assert not frozen(models.policy) and not frozen(models.critic)
     freeze(monkeypatch, GPT, "trunk.blocks.0", "trunk.wpe")
     freeze(monkeypatch, RewardModel, "trunk.ln_f")
-    models = ppo.load_models(Config(out=str(out), reward=reward), CPU)
+    models = load_models(Config(out=str(out), reward=reward), CPU)
     block = {name for name, _ in models.policy.named_parameters() if ".blocks.0." in name}
     gpt, rm = block | {"trunk.wpe.weight"}, {"trunk.ln_f.weight", "trunk.ln_f.bias"}
     assert len(block) == 12 and frozen(models.policy) == gpt
@@ -934,7 +936,7 @@ def test_evaluate_has_a_number_for_each_prompt():
     models, cfg, _ = make_batch(B=2, std=.15)
     world = types.SimpleNamespace(gold_score=lambda prompt, response: 100 * len(prompt) + len(response))
     prompts, rows, g = [[i % 16, 3, 5][: 1 + i % 3] for i in range(130)], [], gen(0)
-    result = ppo.evaluate(models, prompts, world, cfg, CPU)
+    result = evaluate(PHASES, models, prompts, world, cfg, CPU)
     for some in (prompts[:128], prompts[128:]):
         batch = rollout(models.policy, some, EOS, cfg, g)
         columns = (batch[name].tolist() for name in ("tokens", "lengths", "P", "ended"))
@@ -950,5 +952,5 @@ def test_evaluate_has_a_number_for_each_prompt():
     assert result.pop("raw") == []  # a reward model's scores have no other units
     for name, numbers in result.items():
         assert numbers == pytest.approx([row[name] for row in rows], abs=1e-4), name
-    again = ppo.evaluate(models._replace(judge=None), prompts, None, cfg, CPU)
+    again = evaluate(PHASES, models._replace(judge=None), prompts, None, cfg, CPU)
     assert again["score"] == result["score"] and again["judge"] == again["gold"] == []

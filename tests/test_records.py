@@ -18,7 +18,8 @@ from data.files import UserError
 from data.records import read_preferences, read_prompts, read_sft
 from data.tokenizer import train_tokenizer
 from lib.checkpoint import load, load_tokenizer, save
-from lib.common import Log, cli, flags
+from lib.common import Log
+from lib.flags import cli, flags
 from model import GPT, RewardModel
 
 
@@ -301,7 +302,7 @@ def test_save_and_load(tiny, tokenizer, tmp_path, pool):
 def test_earlier_file_is_kept_one_generation_back(tiny, tokenizer, tmp_path, capsys):
     path = tmp_path / "sft.pt"
     for seed in range(3):
-        save(path, tiny(seed), tokenizer)
+        save(path, tiny(seed), tokenizer, keep="other")
     assert sorted(os.listdir(tmp_path)) == ["sft.prev.pt", "sft.pt"]
     for name, seed in (("sft.pt", 2), ("sft.prev.pt", 1)):
         assert torch.equal(load(GPT, tmp_path / name).trunk.wte.weight, tiny(seed).trunk.wte.weight)
@@ -480,7 +481,7 @@ def test_every_flag_of_every_script_stands_once_under_a_heading_with_a_note(scri
     assert sorted(name for name, _ in shown) == sorted(f.name for f in dataclasses.fields(script.Config))
     assert all(re.match(r"[^(].* \(default ", note) for _, note in shown)
     # a script's own note takes the place of the shared one
-    assert dict(shown)["save_every"].startswith("updates" if script is ppo else "steps (PPO: updates)")
+    assert dict(shown)["save_every"].startswith("updates" if script is ppo else "steps between")
 
 
 def test_log(tmp_path, capsys):

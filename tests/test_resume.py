@@ -30,7 +30,8 @@ from helpers import make_data
 import ppo
 import train_rm
 import train_sft
-from lib.common import Log, cli
+from lib.common import Log
+from lib.flags import cli
 from lib.resume import Run, get_state
 
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": ppo}

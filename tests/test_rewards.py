@@ -20,7 +20,7 @@ import train_sft
 from data.examples import pad
 from data.files import UserError
 from lib.checkpoint import load
-from lib.common import check_numbers, check_pairs, cli
+from lib.flags import check_numbers, check_pairs, cli
 from lib.report import gain_from_ends, warnings
 from lib.rewards import Scale, TextScore, in_units, model_score
 from lib.user_code import import_function, user_code

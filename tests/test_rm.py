@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from helpers import BYTES, gen, jsonl, lines, tiny_gpt
+from helpers import BYTES, gen, gpt_config, jsonl, lines, tiny_gpt
 
 import train_rm
 from data.examples import Ranking, encode_rankings, pad
@@ -17,7 +17,7 @@ from lib.checkpoint import load, save
 from lib.generate import generate
 from lib.report import accuracy, calibration_error, report_pairs
 from lib.rewards import score_rows
-from model import GPT, Block, GPTConfig, RewardModel, Trunk
+from model import GPT, Block, RewardModel, Trunk
 from train_rm import Config, ranking_loss
 
 
@@ -71,13 +71,13 @@ def test_micro_batches_change_no_gradient(monkeypatch):
     results = {}
     for size in (1, 30, 10**6):
         torch.manual_seed(0)
-        rm = RewardModel(Trunk(GPTConfig(17, 16, 1, 2, 16)))
+        rm = RewardModel(Trunk(gpt_config(17, 16, 1, 2, 16)))
         numbers = train_rm.ranking_backward(rm, groups, size, "cpu", 1)
         results[size] = *numbers, [p.grad for p in rm.parameters()]
     fed = []
     monkeypatch.setattr(train_rm, "pad", lambda rows, device: fed.append(len(rows) * max(map(len, rows)))
                         or pad(rows, device))
-    train_rm.ranking_backward(RewardModel(Trunk(GPTConfig(17, 16, 1, 2, 16))), groups, 40, "cpu", 1)
+    train_rm.ranking_backward(RewardModel(Trunk(gpt_config(17, 16, 1, 2, 16))), groups, 40, "cpu", 1)
     assert max(fed) <= 40 and len(fed) > 2  # padding included
     monkeypatch.undo()
     whole = ranking_loss(rm.score(*pad([row for g in groups for row in g.rows])), ranks)

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PPO, ROOT, SIZES, lines, make_data, steps, tiny_gpt
+from helpers import PPO, ROOT, SIZES, gpt_config, lines, make_data, steps, tiny_gpt
 
 import ppo
 import train_sft
 from data.files import UserError
-from lib import common, fast, memory
+from lib import common, fast, flags, memory
 from lib.generate import generate
 from model import GPT, GPTConfig
 
@@ -79,7 +79,7 @@ def test_a_compiler_that_fails_later_is_one_sentence():
     from torch._dynamo.exc import TorchDynamoException
 
     with pytest.raises(SystemExit, match="^x.py: --compile: torch.compile failed .no way.; drop --compile$"):
-        with common.one_sentence("x.py", ""):
+        with flags.one_sentence("x.py", ""):
             raise TorchDynamoException("no way\nmore")
 
 
@@ -146,7 +146,7 @@ def test_generation_that_cannot_fit_is_refused_before_it_allocates(machine):
 
 def test_a_batch_that_cannot_fit_is_refused(machine, folder):
     machine(GB)
-    config, cfg = GPTConfig(1024, 128, 4, 4, 128), train_sft.Config()
+    config, cfg = gpt_config(1024, 128, 4, 4, 128), train_sft.Config()
     memory.check_training(config, cfg.micro_batch, cfg, "cpu")
     with pytest.raises(UserError, match="training on 1000000 tokens at a time would take 32.8 GB.*-batch"):
         memory.check_training(config, 10**6, cfg, "cpu")
@@ -188,7 +188,7 @@ def allocate():
     (UserError("no such flag"), "no such flag")])
 def test_what_a_user_can_mend_is_one_sentence(fault, says):
     with pytest.raises(SystemExit) as caught:
-        with common.one_sentence("x.py", "Lower it"):
+        with flags.one_sentence("x.py", "Lower it"):
             if isinstance(fault, Exception):
                 raise fault
             fault()
@@ -198,7 +198,7 @@ def test_what_a_user_can_mend_is_one_sentence(fault, says):
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("no"), SystemError("lost")])
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
-        with common.one_sentence("x.py", ""):
+        with flags.one_sentence("x.py", ""):
             raise error
 
 
@@ -206,7 +206,7 @@ def test_a_bug_keeps_its_traceback(error):
 def test_under_ulimit_c_code_that_gives_no_reason_lacked_memory(monkeypatch, error):
     monkeypatch.setattr(memory, "address_space", lambda: GB)
     with pytest.raises(SystemExit, match="^x.py: out of memory. Lower it$"):
-        with common.one_sentence("x.py", "Lower it"):
+        with flags.one_sentence("x.py", "Lower it"):
             raise error
 
 
@@ -215,7 +215,7 @@ import importlib, re, resource, sys
 sys.path.insert(0, {root!r})
 module = importlib.import_module({name!r})
 from lib import memory
-from lib.common import cli
+from lib.flags import cli
 memory.LIBRARIES = {reserve}
 size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (size + {more} * 2**20,) * 2)
@@ -256,7 +256,7 @@ def test_out_that_is_a_file(folder, monkeypatch, capsys, name, module, config):
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, getattr(sys, stream))
     with pytest.raises(SystemExit, match="^x.py: .*file") as caught:
-        common.cli(module.main, module.Config)
+        flags.cli(module.main, module.Config)
     assert "[Errno" not in caught.value.code and (folder / "file").read_text() == "mine"
 
 
@@ -269,7 +269,7 @@ def test_out_that_cannot_be_written(folder, monkeypatch, capsys, where):
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, getattr(sys, stream))
     with pytest.raises(SystemExit) as caught:
-        common.cli(train_sft.main, train_sft.Config)
+        flags.cli(train_sft.main, train_sft.Config)
     assert where[:20] in caught.value.code and "[Errno" not in caught.value.code
     assert "step" not in capsys.readouterr().out
 
@@ -307,7 +307,7 @@ def test_the_benchmark_never_divides_by_zero_seconds(monkeypatch, clock):
 def test_columns_stay_apart_whatever_the_numbers_are(tmp_path, capsys):
     numbers = {"a": -1.234e-05, "b": -1.234e-101, "c": None, "d": 10**12, "e": math.nan, "f": -math.inf,
                "a_rather_long_name": -1.234e-300, "h": True}
-    log = common.Log(tmp_path / "x.jsonl", common.Shared(), 10**7)
+    log = common.Log(tmp_path / "x.jsonl", flags.Shared(), 10**7)
     log(10**7 - 1, tok_s=10**11, **numbers)
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["step", *numbers, "tok_s", "left"]

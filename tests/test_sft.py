@@ -4,10 +4,11 @@ import random
 
 import pytest
 import torch
-from helpers import BYTES, TINY, gen
+from helpers import BYTES, TINY, gen, gpt_config
 
 from data.examples import encode_demonstrations, encode_prompt, pad
 from data.files import UserError
+from lib import fast
 from lib.common import batches, clip_and_step, count_steps, set_lr, shuffled
 from lib.generate import generate
 from model import GPT, GPTConfig
@@ -108,7 +109,7 @@ def gradient(gpt, parts, rows):
 @pytest.mark.parametrize("pieces", [2**24, 17 * 3])
 def test_S6_micro_batches_sum_to_the_gradient_of_the_whole(tiny, monkeypatch, pieces):
     """A sum and a count are returned, so ragged micro-batches over the step's count are exact."""
-    monkeypatch.setattr(GPT, "LOGITS_AT_ONCE", pieces)
+    monkeypatch.setattr(fast, "LOGITS_AT_ONCE", pieces)
     gpt = tiny()
     whole = gradient(gpt, [ROWS], ROWS)
     for parts in ([[row] for row in ROWS], [ROWS[:1], ROWS[1:]]):
@@ -131,7 +132,7 @@ def test_S6_sft_backward_is_the_loss_a_token_and_its_gradient(tiny, micro_batch)
 def test_S8_overfits_four_sequences_and_says_them_with_eos():
     torch.manual_seed(0)
     texts = [("the ", "fox"), ("a ", "lantern"), ("one ", "ox"), ("", "end")]
-    gpt = GPT(GPTConfig(BYTES.vocab_size, 16, 2, 2, 32)).train()
+    gpt = GPT(gpt_config(BYTES.vocab_size, 16, 2, 2, 32)).train()
     rows = encode(texts, 16)
     optimizer = make_optimizer(gpt, Config(lr=1e-2))
     batch = sft_batch(rows, "cpu")

@@ -36,10 +36,11 @@ from data.files import UserError
 from data.records import read_prompts, read_sft
 from data.tokenizer import train_tokenizer
 from lib.checkpoint import load, load_tokenizer
-from lib.common import batches, cli, clip_and_step, pick_device
+from lib.common import batches, clip_and_step
 from lib.fast import Linear, prepare
+from lib.flags import cli, pick_device
 from lib.generate import generate
-from model import GPT, GPTConfig
+from model import GPT
 from tools import bench_plan
 from tools.bench_jobs import SHAPES, Shape, config_of, ending_gpt, generate_job, ppo_jobs, rm_job, sft_job
 from train_sft import make_optimizer, sft_batch, sft_loss
@@ -241,7 +242,8 @@ def stories(out, device):
         tokenizer, gpt, name = load_tokenizer(path), load(GPT, path), str(path)
     else:
         tokenizer = train_tokenizer((text for example in examples for text in example), 1024)
-        gpt = ending_gpt(GPTConfig(tokenizer.vocab_size, 128, *SHAPES["demo"][:3]), tokenizer.eos)
+        config = config_of(SHAPES["demo"]._replace(vocab_size=tokenizer.vocab_size), 128)
+        gpt = ending_gpt(config, tokenizer.eos)
         name = f"random weights, since {path} is missing"
     rows = encode_demonstrations(examples, tokenizer, 128, "sft.jsonl")
     prompts = read_prompts(folder / "prompts_val.jsonl")[:64]
@@ -322,7 +324,7 @@ def bench_all(shape, cfg, device):
     results = {"parts": bench_parts(shape, cfg.repeats, device), "growth": bench_growth(cfg.repeats, device)}
     rows, gpt, prompts, eos, name = stories(cfg.out, device)
     few = rows if shape == SHAPES["demo"] else rows[:100]  # seconds instead of minutes
-    config = GPTConfig(max(shape.vocab_size, gpt.config.vocab_size), 128, *shape[:3])
+    config = config_of(shape._replace(vocab_size=max(shape.vocab_size, gpt.config.vocab_size)), 128)
     results["ragged"] = bench_ragged(few, config, cfg.repeats, device)
     new = gpt.config.block_size - max(map(len, prompts))
     results["ends"] = bench_ends(gpt, prompts, eos, new, cfg.repeats, device, name)

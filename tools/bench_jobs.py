@@ -20,7 +20,7 @@ from data.examples import Ranking, pad
 from lib.common import clip_and_step
 from lib.fast import prepare
 from lib.generate import generate
-from lib.rewards import model_score
+from lib.rewards import Models, model_score
 from model import GPT, GPTConfig, RewardModel, Trunk
 
 
@@ -63,8 +63,10 @@ class Still(torch.nn.Module):
         return h[:, 0]
 
 
-def config_of(shape):
-    return GPTConfig(shape.vocab_size, shape.prompt + shape.response, *shape[:3])
+def config_of(shape, block_size=None):
+    n_layer, n_head, d_model = shape[:3]
+    return GPTConfig(vocab_size=shape.vocab_size, block_size=block_size or shape.prompt + shape.response,
+                     n_layer=n_layer, n_head=n_head, d_model=d_model)
 
 
 @torch.no_grad()
@@ -135,7 +137,7 @@ def ppo_models(shape, device):
     policy, critic, rm = GPT(config), RewardModel(Trunk(config)), RewardModel(Trunk(config))
     models = policy, copy.deepcopy(policy).requires_grad_(False), critic, rm.requires_grad_(False)
     policy, ref, critic, rm = (prepare(model, device).eval() for model in models)
-    return ppo.Models(policy, ref, critic, model_score(rm), None, None)
+    return Models(policy, ref, critic, model_score(rm), None, None)
 
 
 def ppo_jobs(shape, device, ragged=True, micro_batch=ppo.Config.micro_batch):

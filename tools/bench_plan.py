@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 
 from data.files import UserError
+from lib import fast
 from model import GPT, GPTConfig, RewardModel, Trunk
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = [sys.executable, "-m", "tools.bench"]  # in ROOT
-MODELS = {"demo": GPTConfig(1024, 128, 4, 4, 128), "30m": GPTConfig(50257, 128, 6, 6, 384),
-          "gpt2": GPTConfig(), "gpt2-medium": GPTConfig(n_layer=24, n_head=16, d_model=1024),
-          "gpt2-large": GPTConfig(n_layer=36, n_head=20, d_model=1280),
-          "gpt2-xl": GPTConfig(n_layer=48, n_head=25, d_model=1600)}
+SIZES = {"demo": (1024, 128, 4, 4, 128), "30m": (50257, 128, 6, 6, 384), "gpt2": (50257, 1024, 12, 12, 768),
+         "gpt2-medium": (50257, 1024, 24, 16, 1024), "gpt2-large": (50257, 1024, 36, 20, 1280),
+         "gpt2-xl": (50257, 1024, 48, 25, 1600)}
+MODELS = {name: GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, d_model=C)
+          for name, (V, T, L, H, C) in SIZES.items()}
 FLOAT = 4  # bytes
 
 
@@ -56,7 +58,7 @@ def count_bytes(config, batch, prompt, response, rows, checkpointed=False):
     V, L, C = config.vocab_size, config.n_layer, config.d_model
     part = {
         "gradients": gpt + rm, "KV cache": 2 * L * batch * (prompt + response) * C * FLOAT,
-        "logits chunk": min(rows * response * V, max(V, GPT.LOGITS_AT_ONCE)) * FLOAT,
+        "logits chunk": min(rows * response * V, max(V, fast.LOGITS_AT_ONCE)) * FLOAT,
         "activations per token": saved_floats(config) * FLOAT,  # of the policy, then of the critic
         "activations per token, checkpointed": saved_floats(config, True) * FLOAT}
     # sampling: logits, softmax and its cumulative sum; prefill: q, k, v, MLP and residuals of one block.

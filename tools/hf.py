@@ -23,7 +23,7 @@ from data.download import download
 from data.files import UserError, atomic_folder, check_archive, json_object
 from data.tokenizer import get_tokenizer
 from lib import checkpoint
-from lib.common import one_sentence
+from lib.flags import one_sentence
 from lib.memory import exhausted
 from lib.output import make_harmless
 from model import GPT, GPTConfig, RewardModel
@@ -291,7 +291,8 @@ def configure(tensors, rows, source):
         print(f"no {path}: n_head is set to {C}/64, as in every GPT-2; other sizes are read from the shapes")
     if not n_head or C % n_head:
         raise UserError(f"{source}: n_embd {C} must be divisible by n_head {n_head}")
-    return GPTConfig(found["vocab_size"], found["n_positions"], found["n_layer"], n_head, C)
+    return GPTConfig(vocab_size=found["vocab_size"], block_size=found["n_positions"],
+                     n_layer=found["n_layer"], n_head=n_head, d_model=C)
 
 
 def check_config(asked, found, rows, path):
@@ -382,7 +383,7 @@ def import_gpt2(source, out, spec="gpt2"):
     config = configure(tensors, len(theirs["wte.weight"]), path)
     gpt = build(tensors, config, path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(out, gpt, tokenizer)
+    checkpoint.save(out, gpt, tokenizer, keep="other")
     print(f"{sum(p.numel() for p in gpt.parameters()) / 1e6:.1f} million weights saved to {out}")
 
 
