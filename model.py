@@ -284,10 +284,14 @@ class RewardModel(nn.Module):
         return self._head(h)
 
     def score(self, tokens, lengths):
-        """Score of each whole text: tokens (B,T), lengths (B,) of real tokens -> (B,)."""
+        """Score of each whole text: tokens (B,T), lengths (B,) of real tokens -> (B,).
+
+        What stands behind a row's end may be anything, and its hidden states NaN: neither the score nor a
+        gradient may see them.
+        """
         rows = torch.arange(len(tokens), device=tokens.device)
         if self.pool != "token":
-            return self(tokens)[rows, lengths - 1]  # the score is the value of the whole text
+            return self(tokens)[rows, lengths - 1]  # the value of the last real prefix
         x = F.pad(self.trunk.wte(tokens), (0, 0, 0, 1))  # (B,T+1,C)
         x[rows, lengths] = self.reward_token.to(x.dtype)
         return self._head(self.trunk(x)[rows, lengths])

@@ -20,7 +20,7 @@ from data.examples import encode_prompts, encode_rankings, open_data, pad, promp
 from data.files import UserError
 from data.records import read_preferences, read_prompts
 from lib.checkpoint import load, load_tokenizer
-from lib.checks import check_scores
+from lib.checks import check_model, check_scores
 from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
 from lib.fast import prepare
 from lib.flags import Shared, bounded, cli, pick_device
@@ -128,6 +128,7 @@ def main(cfg):
     train = read_preferences(folder / "preferences.jsonl", cfg.skip_bad)
     val = read_preferences(folder / "preferences_val.jsonl", cfg.skip_bad)
     rm = RewardModel.from_gpt(gpt, cfg.pool)  # the head swap
+    check_model(prepare(gpt, device))
     check_scores(prepare(rm, device))
     gpt, rm = (prepare(model, device, cfg) for model in (gpt, rm))
     groups = encode_rankings(train, tokenizer, rm.room, "preferences.jsonl")

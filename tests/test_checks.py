@@ -1,4 +1,5 @@
 """What a run says before it starts, and when it goes wrong: self-checks of model.py, NaN, PPO's warnings."""
+import copy
 import math
 import os
 import time
@@ -48,31 +49,155 @@ def looks_ahead(forward, self, x, *rest):
     return forward(self, x, *rest) + 0.1 * x.mean(1, keepdim=True)
 
 
+def sees_the_batch(forward, self, x):
+    return forward(self, x) + 0.1 * x.mean(0, keepdim=True)
+
+
+def sees_the_batch_in_training(forward, self, x):
+    return forward(self, x) + 0.1 * x.mean(0, keepdim=True) * self.training
+
+
+def depends_on_the_length(forward, self, x, seen, look):
+    return forward(self, x, seen, look) * (1.0 if look is not None else 1 + x.shape[1] / 1000)
+
+
 def forgets_positions(advance, self, T):
     advance(self, T).positions *= 0
     return self
 
 
-def sees_the_batch(forward, self, x):
-    return forward(self, x) + 0.1 * x.mean(0, keepdim=True)
+def one_off(advance, self, T):
+    cache = advance(self, T)
+    if not self.whole:
+        self.positions = (self.positions - 1).clamp(min=0)
+    return cache
 
 
 def always_drops(forward, self, x):
     return torch.dropout(forward(self, x), 0.5, True)
 
 
-def other_with_gradients(forward, self, x):
-    return forward(self, x) * (1.1 if torch.is_grad_enabled() else 1.0)
+def carries_over(forward, self, x):
+    self.calls = getattr(self, "calls", 0) + 1
+    return forward(self, x) * (1 + self.calls / 100)
 
 
-@pytest.mark.parametrize("owner, name, change, why", [
+def wears_out(forward, self, x):
+    self.up.weight.data *= 1.01
+    return forward(self, x)
+
+
+def in_place(forward, self, tokens, *rest):
+    if tokens.is_floating_point():
+        tokens += 0.01
+    return forward(self, tokens, *rest)
+
+
+def rounds(forward, self, x):
+    return forward(self, x.bfloat16().float())
+
+
+def detaches(forward, self, x):
+    return forward(self, x.detach())
+
+
+def caps(forward, self, tokens):
+    return 2 * torch.tanh(forward(self, tokens) / 2)
+
+
+def not_finite(forward, self, x):
+    return forward(self, x).masked_fill(x > 0.5, torch.nan)
+
+
+def other_steps(forward, self, x, seen, look):
+    return forward(self, x, seen, look) * (1 if seen.whole or x.shape[1] > 1 else 1.01)
+
+
+CHANGES = [
     (model.Attention, "forward", looks_ahead, "not causal"),
-    (lib.generate.Cache, "advance", forgets_positions, "KV cache")])
-def test_sft_does_not_start_with_a_broken_model(made, monkeypatch, tmp_path, owner, name, change, why):
+    (model.MLP, "forward", sees_the_batch, "rows of a batch see each other"),
+    (model.MLP, "forward", sees_the_batch_in_training, "in training mode"),
+    (model.Block, "forward", depends_on_the_length, "changes with the padding after it"),
+    (lib.generate.Cache, "advance", forgets_positions, "KV cache"),
+    (lib.generate.Cache, "advance", one_off, "several tokens are read at once, what the KV cache"),
+    (model.Attention, "forward", other_steps, "read one by one, what the KV cache"),
+    (model.MLP, "forward", always_drops, "the same text twice gives two results"),
+    (model.MLP, "forward", carries_over, "the same text twice gives two results"),
+    (model.MLP, "forward", wears_out, "a forward pass changes weights"),
+    (model.Trunk, "forward", in_place, "the tensor that it is given in place"),
+    (model.MLP, "forward", rounds, "rounded to bfloat16"),
+    (model.MLP, "forward", detaches, "something is detached"),
+    (model.MLP, "forward", not_finite, "not finite"),
+    (GPT, "forward", caps, "only GPT.logits"),
+    (GPT, "generate", lambda generate, self, tokens, *args, **how: generate(self, tokens * 0, *args, **how),
+     "lib.generate draws other tokens")]
+
+
+@pytest.mark.parametrize("owner, name, change, why", CHANGES, ids=[change[3] for change in CHANGES])
+def test_each_mistake_has_its_sentence(tiny, monkeypatch, owner, name, change, why):
     hack(monkeypatch, owner, name, change)
     with pytest.raises(UserError, match=f"self-check: .*{why}"):
-        train_sft.main(train_sft.Config(**made | SIZES | {"out": str(tmp_path)}))
-    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+        check_model(tiny(block_size=96))
+
+
+def test_what_is_neutral_at_the_start_shows_with_noise(tiny, monkeypatch):
+    """A gain that is learned, and used where there is no cache."""
+    make, forward = model.Attention.__init__, model.Attention.forward
+
+    def init(self, config, layer):
+        make(self, config, layer)
+        self.gain = torch.nn.Parameter(torch.ones(1))
+
+    monkeypatch.setattr(model.Attention, "__init__", init)
+    hack(monkeypatch, model.Attention, "forward", lambda forward, self, x, seen, look: forward(
+        self, x, seen, look) * (self.gain if type(seen) is model.WholeText else 1))
+    with pytest.raises(UserError, match="self-check: when a prompt is read, what the KV cache gives"):
+        check_model(GPT(model.GPTConfig(vocab_size=17, block_size=96, n_layer=2, n_head=2, d_model=32)))
+    monkeypatch.setattr(model.Attention, "forward", forward)
+    check_model(GPT(model.GPTConfig(vocab_size=17, block_size=96, n_layer=2, n_head=2, d_model=32)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_bias_on_distances_has_the_right_sign(monkeypatch, sign):
+    """ALiBi (Press et al. 2022); the other sign looks at the beginning of the text."""
+    def attend(q, k, v, look, dropout=0.0):
+        T, S, H = q.shape[2], k.shape[2], q.shape[1]
+        slopes = 2 ** (-8 / H * torch.arange(1, H + 1))[:, None, None]
+        weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + sign * slopes * torch.arange(S)
+        look = torch.ones(T, S, dtype=torch.bool).tril() if look is None else look
+        return torch.where(look, weights, -torch.inf).softmax(-1) @ v
+
+    monkeypatch.setattr(model, "attend", attend)
+    gpt = GPT(model.GPTConfig(vocab_size=17, block_size=96, n_layer=2, n_head=4, d_model=32))
+    with nullcontext() if sign > 0 else pytest.raises(UserError, match="wrong sign"):
+        check_model(gpt)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_that_eval_mode_leaves_on_shows_at_any_rate(monkeypatch, dropout):
+    hack(monkeypatch, model.Block, "forward", lambda forward, self, *args: torch.dropout(
+        forward(self, *args), self.drop.p, True))
+    with pytest.raises(UserError, match="something random"):
+        check_model(GPT(gpt_config(17, 96, 2, 2, 32, dropout)))
+
+
+def test_the_checks_leave_the_model_as_it_was(tiny):
+    gpt = tiny(dropout=0.2).train()
+    before, rng = copy.deepcopy(gpt.state_dict()), torch.get_rng_state()
+    check_model(gpt)
+    assert gpt.training and torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(before[name], x) for name, x in gpt.state_dict().items())
+    assert all(p.grad is None for p in gpt.parameters())
+
+
+@pytest.mark.parametrize("script, out", [(train_sft, "new"), (train_rm, ""), (ppo, "")])
+def test_no_script_starts_with_a_broken_model(made, monkeypatch, tmp_path, script, out):
+    hack(monkeypatch, model.Attention, "forward", looks_ahead)
+    config = made | ({"out": str(tmp_path)} | SIZES if out else PPO if script is ppo else {})
+    files = sorted(os.listdir(config["out"]))
+    with pytest.raises(UserError, match="self-check: .*not causal"):
+        script.main(script.Config(**config))
+    assert sorted(os.listdir(config["out"])) == sorted({*files, ".lock"})
 
 
 def test_sft_trains_in_train_mode_after_its_self_check(made, monkeypatch, tmp_path):
@@ -83,21 +208,35 @@ def test_sft_trains_in_train_mode_after_its_self_check(made, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("pool", RewardModel.POOLS)
-def test_rm_does_not_start_when_a_score_depends_on_its_neighbours(made, monkeypatch, pool):
-    hack(monkeypatch, model.MLP, "forward", sees_the_batch)
-    with pytest.raises(UserError, match="self-check: a text's score changes with its padding"):
-        train_rm.main(train_rm.Config(**made, pool=pool))
-    monkeypatch.undo()
-    hack(monkeypatch, RewardModel, "score",
-         lambda score, self, tokens, n: score(self, tokens, n * 0 + tokens.shape[1] - 1))
-    with pytest.raises(UserError, match="self-check: a text's score changes with its padding"):
-        train_rm.main(train_rm.Config(**made, pool=pool))
+@pytest.mark.parametrize("owner, name, change, why", [
+    (model.MLP, "forward", sees_the_batch, "a text's score changes with its padding"),
+    (RewardModel, "score", lambda score, self, tokens, n: score(self, tokens, n * 0 + tokens.shape[1] - 1),
+     "a text's score changes with its padding"),
+    (RewardModel, "forward",
+     lambda forward, self, tokens: forward(self, tokens) + self.trunk.wte(tokens).sum(-1),
+     "the reward head reads something else"),
+    (model.MLP, "forward", always_drops, "another one when asked for again")],
+    ids=["rows", "length", "embedding", "random"])
+def test_scores_are_checked(tiny, monkeypatch, pool, owner, name, change, why):
+    rm = RewardModel.from_gpt(tiny(), pool).eval()
+    check_scores(rm)
+    hack(monkeypatch, owner, name, change)
+    with pytest.raises(UserError, match=f"self-check: .*{why}"):
+        check_scores(rm)
 
 
-@pytest.mark.parametrize("change, why", [(always_drops, "the KL to the reference is not 0"),
+def noisy(logps, self, h, targets, **how):
+    return logps(self, h, targets, **how) + torch.randn(len(h)) / 100
+
+
+def other_with_gradients(logps, self, h, targets, **how):
+    return logps(self, h, targets, **how) * (1.1 if torch.is_grad_enabled() else 1.0)
+
+
+@pytest.mark.parametrize("change, why", [(noisy, "the KL to the reference is not 0"),
                                          (other_with_gradients, "the ratio is not 1")])
 def test_ppo_does_not_start_with_a_broken_model(made, monkeypatch, change, why):
-    hack(monkeypatch, model.MLP, "forward", change)
+    hack(monkeypatch, GPT, "logps", change)
     with pytest.raises(UserError, match=f"self-check: {why}"):
         ppo.main(ppo.Config(**made | PPO))
 
@@ -129,22 +268,18 @@ def test_how_near_to_1_the_ratio_must_be_before_ppo_starts(monkeypatch, how, lim
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("block_size", [2, 3, 5, 40])
 def test_sound_models_pass_whatever_their_size(dropout, block_size):
-    """And the global random numbers are left alone; plain layers or those of this CPU."""
-    gpt = GPT(gpt_config(11, block_size, 2, 2, 16, dropout)).train()
-    before = torch.get_rng_state()
+    """Plain layers, or those of this CPU."""
+    gpt = GPT(gpt_config(11, block_size, 2, 2, 16, dropout))
     for _ in range(2):
         check_model(gpt)
-        assert not gpt.training and torch.equal(torch.get_rng_state(), before)  # main calls train()
-        prepare(gpt.train())
+        prepare(gpt)
     for pool in RewardModel.POOLS:
         check_scores(RewardModel.from_gpt(gpt, pool).eval())
 
 
 def test_the_checks_take_under_two_seconds_at_the_size_of_the_stories():
     gpt, start = GPT(gpt_config(1024, 128, 4, 4, 128)).train(), time.process_time()
-    check_model(gpt)
     rm = RewardModel.from_gpt(gpt).eval()
-    check_scores(rm)
     ref = GPT(gpt.config)
     ref.load_state_dict(gpt.state_dict())
     models = toy_models(gpt.eval(), rm)._replace(ref=ref.eval())
