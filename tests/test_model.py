@@ -479,6 +479,7 @@ def test_the_cache_takes_what_a_layer_gives_it(tiny, kept, monkeypatch, fixed, l
     monkeypatch.setattr(model, "Attention", layer)
     gpt = tiny(3, n_head=4)
     check_model(gpt)
+    kept.clear()
     cache = Cache(2, 9, "cpu")
     gpt.trunk(torch.ones(2, 5, dtype=torch.long), cache)
     assert [x.shape for x in cache.buffers()] == [(2,), *shapes * 2]

@@ -376,7 +376,8 @@ def test_every_pool_is_trained_by_main_with_one_forward_per_response(pool, tmp_p
     run = make_run(tmp_path, more_a_wins(8, rng, K=4), more_a_wins(4, rng))
     rows, before = [], load(GPT, tmp_path / "sft.pt").trunk.state_dict()
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, args: rows.append(len(args[0])) if module.training and type(module) is Block else None)
+        lambda module, args: rows.append(len(args[0])) if torch.is_grad_enabled() and module.training
+        and type(module) is Block else None)
     try:
         train_rm.main(Config(data=run, out=run, pool=pool, batch_tokens=160, device="cpu"))
     finally:
