@@ -44,7 +44,8 @@ def cli(main, Config):
     """Parse flags into Config and run main; report a user's mistake as one sentence, exit 1."""
     make_harmless()
     try:
-        cfg = Config(**vars(flags(main, Config).parse_args()))
+        args = [re.sub(r"^-(?=[\d.]+e[+-]?\d+$)", " -", arg) for arg in sys.argv[1:]]  # -1e9 is no flag
+        cfg = Config(**vars(flags(main, Config).parse_args(args)))
     except KeyboardInterrupt:
         sys.exit(130)
     cfg.given = {arg[2:].partition("=")[0].replace("-", "_") for arg in sys.argv[1:] if arg.startswith("--")}

@@ -70,8 +70,9 @@ def report_pairs(rm, groups, world, cfg, device):
     print("accuracy by margin of the two scores: " + by_margin(gap.abs(), right))
     lengths = torch.tensor([float(len(row)) for group in groups for row in group.rows])
     result["length_correlation"] = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item()
-    print(f"expected calibration error {result['calibration_error']:.3f}; "
-          f"correlation of score and length {result['length_correlation']:+.2f}")
+    print(f"expected calibration error {result['calibration_error']:.3f}; correlation of score and length "
+          + ("unknown: one of them does not vary" if math.isnan(result["length_correlation"]) else
+             f"{result['length_correlation']:+.2f}"))
     return result
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from data.files import UserError, replace
-from lib.checkpoint import check_finite, keep_previous, previous, save, unpickle, write
+from lib.checkpoint import agrees, check_finite, keep_previous, previous, probe, save, unpickle, write
 from lib.common import Log
 from lib.state import check_state, get_state, set_state
 
@@ -135,8 +135,12 @@ class Run:
                 raise ValueError(f"step {saved['step']} of {steps}, parts {', '.join(saved['parts'])}")
             for name, part in self.parts.items():
                 check_state(part, saved["parts"][name], name)
+            probes = saved.get("probes", {})
             for name, part in self.parts.items():
                 set_state(part, saved["parts"][name])
+                if name in probes and not agrees(part, probes[name]):
+                    raise ValueError(f"it was saved by another model.py: the same weights of {name} give "
+                                     "other outputs here")
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[-1].strip()
             raise UserError(f"{self.path} does not fit this run ({why:.300})") from None
@@ -179,6 +183,8 @@ class Run:
         os.fsync(self.log.file.fileno())
         write(self.path, {"start": self.start, "step": step, "logged": step,
                           "log": fingerprint(self.running_log, {"size": logged or self.log.file.tell()}),
+                          "probes": {name: probe(part) for name, part in self.parts.items()
+                                     if isinstance(part, torch.nn.Module)},
                           "parts": {name: between[name] if name in between else get_state(part)
                                     for name, part in self.parts.items()}})
         self.saved_step = step

@@ -71,7 +71,7 @@ def test_A_odd_prompts_are_the_same_tokens_in_every_stage(folder, monkeypatch, c
     rm()
     monkeypatch.setattr(ppo, "check_start", lambda phases, models, prompts, *rest: seen.update(
         ppo=prompts))
-    monkeypatch.setattr(ppo, "evaluate", lambda models, prompts, *rest: seen.update(val=prompts) or exit(0))
+    monkeypatch.setattr(ppo, "evaluate", lambda phases, models, prompts, *rest: seen.update(val=prompts) or exit(0))
     with pytest.raises(SystemExit):
         ppo_main()
     assert seen == {"rm": expected, "ppo": expected, "val": expected}
@@ -487,6 +487,10 @@ def changes(state):
             yield put(["parts", name, "param_groups"], [])
             for key, x in (("betas", None), ("eps", "x"), ("lr", math.nan), ("params", [5]), ("fused", None)):
                 yield put(["parts", name, "param_groups", 0, key], x)
+    for name, x in state["probes"].items():
+        for wrong in (None, "x", x[:1], x * 1.1, x * math.nan):
+            yield put(["probes", name], wrong)
+    yield put(["probes"], None)
     if "now" in state["parts"]:
         for x in (None, "x", math.nan, [1]):
             yield put(["parts", "now", "kl_coef"], x)

@@ -221,6 +221,40 @@ def turned(name, tensor):
     return tensor.T if ".c_" in name and name.endswith(".weight") else tensor
 
 
+@torch.no_grad()
+def check_outputs(model):
+    """UserError: model.py was changed, and computes with the same weights something else than a GPT-2."""
+    config, weights = model.config, their_weights(model)
+    tokens = torch.arange(min(24, config.block_size)) * 7 % config.vocab_size
+    h = gpt2_hidden({name.removeprefix("transformer."): x for name, x in weights.items()}, config, tokens)
+    ours = model.eval().trunk(tokens[None])[0]
+    if isinstance(model, GPT):
+        ours, h = model(tokens[None])[0], h @ model.lm_head.weight.T
+    if not (ours - h).abs().max() <= 1e-3 * h.abs().max():
+        raise UserError("the network in model.py is not a GPT-2: the same weights give other outputs")
+
+
+def gpt2_hidden(weights, config, tokens):
+    """GPT-2 as a formula (Radford et al. 2019, 2.3): their weights, tokens (T,) -> h after the final norm
+    (T,C)."""
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"])
+
+    def product(x, name):
+        return x @ weights[name + ".weight"] + weights[name + ".bias"]
+
+    T, C = len(tokens), config.d_model
+    x = weights["wte.weight"][tokens] + weights["wpe.weight"][:T]
+    for i in range(config.n_layer):
+        qkv = product(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
+        q, k, v = qkv.view(T, 3, config.n_head, C // config.n_head).permute(1, 2, 0, 3)  # (H,T,D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).reshape(T, C)
+        x = x + product(y, f"h.{i}.attn.c_proj")
+        up = F.gelu(product(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"), approximate="tanh")
+        x = x + product(up, f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f")
+
+
 def plain_names(tensors, source):
     """Their tensors without causal masks, and without prefixes: transformer's and those of torch.compile, DDP
     and FSDP. UserError: a name twice."""
@@ -382,6 +416,7 @@ def import_gpt2(source, out, spec="gpt2"):
     tensors = without_head(fit_vocabulary(theirs, tokenizer, path), path)
     config = configure(tensors, len(theirs["wte.weight"]), path)
     gpt = build(tensors, config, path)
+    check_outputs(gpt)
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out, gpt, tokenizer, keep="other")
     print(f"{sum(p.numel() for p in gpt.parameters()) / 1e6:.1f} million weights saved to {out}")
@@ -466,11 +501,13 @@ def export(path, folder):
         raise UserError(f"{folder} already exists and is not empty; nothing is overwritten")
     kind, tokenizer = checkpoint.kind(path), checkpoint.load_tokenizer(path)
     if kind == "GPT":
-        gpt = checkpoint.load(GPT, path)
-        config = their_config(gpt.config, tokenizer, architectures=["GPT2LMHeadModel"])
-        weights = their_weights(gpt)
+        model = checkpoint.load(GPT, path)
+        config = their_config(model.config, tokenizer, architectures=["GPT2LMHeadModel"])
+        weights = their_weights(model)
     else:
-        config, weights = their_reward_model(checkpoint.load(RewardModel, path), tokenizer, path)
+        model = checkpoint.load(RewardModel, path)
+        config, weights = their_reward_model(model, tokenizer, path)
+    check_outputs(model)
     texts = {"config.json": json.dumps(config, indent=2)}
     if tokenizer.name == "gpt2":
         texts |= their_tokenizer(tokenizer, config.get("pad_token_id"))
