@@ -37,10 +37,12 @@ FILES = {"ppo.py": "ppo checks pipeline rewards faults resume",
          "model.py": "model rm gpt2 sft checks ppo pipeline",
          "lib/generate.py": "model rm checks ppo pipeline", "lib/fast.py": "model checks pipeline",
          "lib/report.py": "rm ppo checks pipeline rewards", "lib/rewards.py": "rewards rm ppo pipeline",
-         "lib/checks.py": "checks", "lib/common.py": "sft rm ppo checks pipeline records resume",
+         "lib/checks.py": "checks", "lib/common.py": "sft rm ppo checks pipeline resume",
+         "lib/flags.py": "records pipeline rewards rough",
          "data/examples.py": "sft rm ppo pipeline records faults"}
 ONLY = {"lib/common.py": {"batches", "masked_mean", "micro_batches", "count_steps", "shuffled", "Cycle",
-                          "set_lr", "clip_and_step", "finite"}}  # the rest is the command line and the log
+                          "set_lr", "clip_and_step", "finite"},  # the rest is the log
+        "lib/flags.py": {"check_numbers", "check_pairs"}}
 SKIP = {"Config", "GPTConfig", "report_pairs", "by_margin", "describe", "print_table", "print_sample",
         "warnings", "print"}
 LOOPS = {"main", "improve", "evaluate"}
