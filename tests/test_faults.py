@@ -522,6 +522,19 @@ def test_N_a_state_is_checked_before_anything_is_loaded(stopped, monkeypatch, na
     log.write_bytes(text)
 
 
+def test_a_state_from_before_a_flag_existed_is_resumed_at_its_default(stopped, monkeypatch):
+    monkeypatch.chdir(stopped)
+    path = Path("sft_out/sft.state.pt")
+    state = torch.load(path, weights_only=True)
+    assert state["start"].pop("--bias") is True
+    torch.save(state, path)
+    with pytest.raises(UserError, match="different settings: --bias was True"):
+        sft(epochs=0.1, out="sft_out", resume=True, bias=False)
+    monkeypatch.setattr(train_sft, "shuffled", lambda **plan: pytest.exit("it goes on"))
+    with pytest.raises(pytest.exit.Exception, match="it goes on"):
+        sft(epochs=0.1, out="sft_out", resume=True)
+
+
 def test_N_a_part_without_gradient_in_some_steps_may_be_resumed():
     """As an expert that got no token: AdamW counts its steps apart."""
     used, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
