@@ -430,6 +430,19 @@ def test_M_no_flipped_bit_changes_a_weight_in_silence(tmp_path):
         path.unlink()
 
 
+def test_M_of_a_file_written_twice_no_half_goes_unchecked(tmp_path):
+    """zipfile reads the last of two archives in a file, torch.load the first."""
+    path = tmp_path / "x.pt"
+    save(path, tiny_gpt(n_layer=1, vocab_size=257), BYTES)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 64
+    for data in (bytes(flipped) + whole, whole + whole, whole[:500] + whole):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="is corrupt"):
+            load(GPT, path)
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A folder with a saved state of each stage, stopped after a step."""
