@@ -197,6 +197,7 @@ def _read(path):
         # twice, for the head shares the embedding's numbers; strides of 0 could feign any size
         fine = fine and sum(x.nbytes for x in weights.values()) <= 2 * size and type(data["config"]) is dict
         was = data.get("probe")
+        check_records(path, [*weights.values(), *([] if was is None else [was])])
         chat = data.get("chat")
         fine = fine and (chat is None or type(chat) is float and 0 <= chat <= 1)
         fine = fine and (was is None or was.is_floating_point() and was.dim() == 2 and was.nbytes <= size)
@@ -205,6 +206,16 @@ def _read(path):
     if not fine:
         raise UserError(f"{path} is not an onetrunk checkpoint, or is corrupt")
     return data | {"weights": weights}
+
+
+def check_records(path, tensors):
+    """ValueError: a record of the archive is not as long as the tensor in it, which torch, when it maps the
+    file, does not notice: it reads on into the next record."""
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    with zipfile.ZipFile(path) as file:
+        there = [entry.file_size for entry in file.infolist() if "/data/" in entry.filename]
+    if sorted(filter(None, held.values())) != sorted(filter(None, there)):
+        raise ValueError("a record of another length")
 
 
 def _check_pickle(data):

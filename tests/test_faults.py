@@ -443,6 +443,19 @@ def test_M_of_a_file_written_twice_no_half_goes_unchecked(tmp_path):
             load(GPT, path)
 
 
+def test_M_no_weight_is_read_from_beyond_its_record(tmp_path):
+    path, gpt = tmp_path / "x.pt", tiny_gpt(n_layer=1, vocab_size=257)
+    save(path, gpt, BYTES)
+    with zipfile.ZipFile(path) as file:
+        records = {name: file.read(name) for name in file.namelist()}
+    bias = next(name for name, data in records.items() if "/data/" in name and not any(data))
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in records.items():
+            file.writestr(name, data[:-2] if name == bias else data)
+    with pytest.raises(UserError, match="is corrupt"):
+        load(GPT, path)
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A folder with a saved state of each stage, stopped after a step."""

@@ -121,6 +121,8 @@ def read_pickle(path):
         # twice the size: a head may share the embedding's data; strides of 0 could claim any size
         if not plain or sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:
             raise ValueError
+        if zipped:
+            checkpoint.check_records(path, tensors.values())
     except Exception as error:  # a corrupt pickle can raise anything
         lack = ", or there is too little memory to read it" if exhausted(error) else ""
         raise UserError(f"{path} is corrupt, or holds more than tensors and their names (code in such a "
