@@ -26,6 +26,8 @@ NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch Fl
 # a pickle of ours holds names, a vocabulary, and a few numbers for each prompt; each operation can make an
 # object of some 200 bytes
 PICKLE_BYTES, PICKLE_OPERATIONS = 2**26, 10**6
+PLAIN = ("BININT", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1", "NONE", "NEWTRUE",
+         "NEWFALSE")  # operations that push a value which holds no other
 
 
 def previous(path):
@@ -218,11 +220,32 @@ def check_records(path, tensors):
         raise ValueError("a record of another length")
 
 
-def _check_pickle(data):
-    """ValueError: a pickle with globals that ours never reference, or with too many operations."""
-    for n, (operation, arg, _) in enumerate(pickletools.genops(data)):
-        if n > PICKLE_OPERATIONS or operation.name == "GLOBAL" and arg not in NAMED:
+def check_pickles(path, named=NAMED):
+    """`check_archive`; then ValueError: the pickles in it would take too much memory or time, or reference
+    other globals than `named`."""
+    check_archive(path)
+    with zipfile.ZipFile(path) as file:
+        pickles = [entry for entry in file.infolist() if entry.filename.endswith(".pkl")]
+        if not sum(entry.file_size for entry in pickles) <= PICKLE_BYTES:
             raise ValueError
+        for entry in pickles:
+            _check_pickle(file.read(entry), named)
+
+
+def _check_pickle(data, named):
+    """ValueError: other globals, too many operations, or a tuple that is used again and holds more than plain
+    values: of tuples that hold the one before twice, 40 take for ever to hash."""
+    values, before, nested, again = 0, None, False, set()
+    for n, (operation, arg, _) in enumerate(pickletools.genops(data)):
+        name = operation.name
+        if n > PICKLE_OPERATIONS or name == "GLOBAL" and arg not in named or "GET" in name and arg in again:
+            raise ValueError
+        if "PUT" in name:  # what was just made gets the number `arg`
+            again |= {arg} if nested else set()
+            continue
+        inside = {"TUPLE": before == "MARK", "TUPLE1": values > 0, "TUPLE2": values > 1, "TUPLE3": values > 2}
+        nested = not inside.get(name, True)
+        values, before = (values + 1, before) if name.startswith(PLAIN) else (0, name)
 
 
 def unpickle(path, names, what, mmap=True):
@@ -231,13 +254,7 @@ def unpickle(path, names, what, mmap=True):
     UserError: other content, corrupt, compressed, or referencing globals that `write` never wrote.
     """
     try:
-        check_archive(path)
-        with zipfile.ZipFile(path) as file:
-            pickles = [entry for entry in file.infolist() if entry.filename.endswith(".pkl")]
-            if not sum(entry.file_size for entry in pickles) <= PICKLE_BYTES:
-                raise ValueError
-            for entry in pickles:
-                _check_pickle(file.read(entry))
+        check_pickles(path)
         data = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         if not names <= data.keys():
             raise ValueError

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from lib.common import Log, set_lr
 from lib.resume import Run
 from lib.state import check_state
 from model import GPT, RewardModel
+from tools import hf
 
 pytestmark = pytest.mark.slow
 
@@ -599,6 +601,27 @@ def test_O_a_pickle_that_eats_memory_is_refused_at_once(tmp_path, junk):
 
 
 # ---- P: writing beside ----
+
+def doublings(n):
+    """A pickled tuple that holds another twice, and so on: n + 1 objects, 2**n places."""
+    number = [(10**6 + i).to_bytes(4, "little") for i in range(n + 1)]
+    return b"(" * n + b")r" + number[0] + b"".join(
+        b"j" + number[i] + b"tr" + number[i + 1] for i in range(n))
+
+
+@pytest.mark.parametrize("name, read, says", [
+    ("x.pt", lambda path: load(GPT, path), "is not an onetrunk checkpoint"),
+    ("x.bin", hf.read_pickle, "holds more than tensors")])
+@pytest.mark.parametrize("key", [doublings(60), b"cbuiltins\nbytearray\n(\x8a\x05\0\x9457\0tR"])
+def test_O_a_pickle_that_takes_for_ever_is_refused_at_once(tmp_path, name, read, says, key):
+    with zipfile.ZipFile(tmp_path / name, "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02}" + key + b"Ns.")
+        file.writestr("archive/version", "3\n")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=says):
+        read(tmp_path / name)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 10**6  # kB
+
 
 def test_P_what_is_written_beside_follows_no_link_and_leaves_nothing(tmp_path):
     precious, path = tmp_path / "precious", tmp_path / "x.pt"
