@@ -179,9 +179,10 @@ def load_tokenizer(path):
     data = _read(path)
     try:
         tokenizer = from_spec(data["tokenizer"])
-        if tokenizer.vocab_size != data["config"]["vocab_size"]:
+        rows = data["config"].get("vocab_size")
+        if type(rows) is not int or tokenizer.vocab_size != rows:
             raise UserError(f"it has {tokenizer.vocab_size} tokens, and the network "
-                            f"{data['config']['vocab_size']!r:.20}")
+                            f"{str(rows)[:20] if type(rows) is int else 'does not say how many'}")
     except UserError as error:
         raise UserError(f"{path}: its tokenizer: {' '.join(str(error).split())[-300:]}") from None
     return tokenizer

@@ -27,7 +27,7 @@ from lib import resume
 from lib.checkpoint import load, load_tokenizer, save
 from lib.common import Log, set_lr
 from lib.resume import Run
-from lib.state import check_state
+from lib.state import check_plain, check_state
 from model import GPT, RewardModel
 from tools import hf
 
@@ -550,6 +550,50 @@ def test_N_a_state_is_checked_before_anything_is_loaded(stopped, monkeypatch, na
     log.write_bytes(text)
 
 
+def doubled(n):
+    """A list that holds another twice, and so on: 2**n places to print."""
+    x = []
+    for _ in range(n):
+        x = [x, x]
+    return x
+
+
+def test_N_a_mark_that_prints_for_ever_is_no_mark(stopped, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begin(*args, **parts):
+        raise Begun
+
+    monkeypatch.chdir(stopped)
+    monkeypatch.setattr(Run, "begin", begin)
+    mark = Path("sft_out/sft.finished.pt")
+    state = torch.load("sft_out/sft.state.pt", weights_only=True)
+    torch.save({"start": state["start"], "step": doubled(60)}, mark)
+    with pytest.raises(Begun):
+        sft(epochs=0.1, out="sft_out", resume=True)
+    mark.unlink()
+
+
+@pytest.mark.parametrize("x", [doubled(60), 10**400, math.inf],
+                         ids=["nested", "huge", "infinite"])
+def test_N_a_number_that_is_none_is_refused(x):
+    with pytest.raises(ValueError, match="numbers.kl"):
+        check_plain({"kl": 1.0}, {"kl": x}, "numbers")
+
+
+def test_N_settings_are_shown_in_brief(stopped, monkeypatch):
+    monkeypatch.chdir(stopped)
+    path = Path("sft_out/sft.state.pt")
+    whole = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"start": state["start"] | {"--seed": "1" * 10**6}}, path)
+    with pytest.raises(UserError, match="--seed was 1111") as error:
+        sft(epochs=0.1, out="sft_out", resume=True)
+    assert len(str(error.value)) < 1000
+    path.write_bytes(whole)
+
+
 def test_N_a_part_without_gradient_in_some_steps_may_be_resumed():
     """As an expert that got no token: AdamW counts its steps apart."""
     used, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
@@ -585,6 +629,19 @@ def test_O_a_checkpoint_that_does_not_fit_itself_is_refused(folder):
         save(path, small, BYTES)
         with pytest.raises(UserError, match=f"its tokenizer: it has 257 tokens, and the network {n}"):
             load_tokenizer(path)
+
+
+@pytest.mark.parametrize("rows", [None, "257", torch.ones(2), doubled(60)],
+                         ids=["none", "text", "tensor", "nested"])
+def test_O_a_network_that_does_not_say_its_size_is_refused(tmp_path, rows):
+    """tools.hf reads the tokenizer first."""
+    path = tmp_path / "x.pt"
+    save(path, tiny_gpt(vocab_size=257), BYTES)
+    config = torch.load(path, weights_only=True)["config"]
+    del config["vocab_size"]
+    rewritten(path, config=config if rows is None else config | {"vocab_size": rows})
+    with pytest.raises(UserError, match="257 tokens, and the network does not say|is corrupt"):
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize("junk", [b"]", b"\x8f", b"}", b"(", b"K\x01", b"N"])
