@@ -194,6 +194,8 @@ def _read(path):
         raise UserError(f"{path} is missing" + (f": `python {maker}` makes it" if maker else ""))
     data = unpickle(path, {"kind", "config", "tokenizer", "pool", "weights"}, "checkpoint")
     try:
+        if not isinstance(data["weights"], dict):  # dict() of a tensor would make one of each row
+            raise ValueError
         weights, size = dict(data["weights"]), os.path.getsize(path)
         fine = data["kind"] in ("GPT", "RewardModel") and data["pool"] in (None, *RewardModel.POOLS) and all(
             type(name) is str and x.is_floating_point() for name, x in weights.items())

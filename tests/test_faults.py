@@ -644,6 +644,15 @@ def test_O_a_network_that_does_not_say_its_size_is_refused(tmp_path, rows):
         load_tokenizer(path)
 
 
+def test_O_weights_that_are_a_huge_tensor_are_not_taken_apart(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    save(path, tiny_gpt(vocab_size=257), BYTES)
+    rewritten(path, weights=torch.zeros(1).expand(10**4, 10**6))
+    monkeypatch.setattr(torch.Tensor, "__iter__", lambda x: pytest.fail("it was taken apart"))
+    with pytest.raises(UserError, match="is corrupt"):
+        load(GPT, path)
+
+
 @pytest.mark.parametrize("junk", [b"]", b"\x8f", b"}", b"(", b"K\x01", b"N"])
 def test_O_a_pickle_that_eats_memory_is_refused_at_once(tmp_path, junk):
     path = tmp_path / "x.pt"
