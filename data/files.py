@@ -149,12 +149,16 @@ def _alive(pid):
 
 
 def check_archive(path):
-    """Read a file of torch.save once. ValueError or zipfile.BadZipFile: compressed, or a checksum is wrong.
+    """Read a file of torch.save once. ValueError or zipfile.BadZipFile: compressed, a checksum is wrong, or
+    bytes stand before the archive.
 
     torch.save never compresses, so a compressed file could unpack to any size; and torch.load never looks
-    at the checksums, so that a flipped bit would be another weight. Takes 0.6 s per GB.
+    at the checksums, so that a flipped bit would be another weight. Of two archives in one file zipfile
+    reads the last, torch.load the first. Takes 0.6 s per GB.
     """
     with zipfile.ZipFile(path) as file:
+        if min((entry.header_offset for entry in file.infolist()), default=0):
+            raise ValueError("bytes before the archive")
         if sum(entry.file_size for entry in file.infolist()) > os.path.getsize(path):
             raise ValueError("compressed")
         if len(set(file.namelist())) < len(file.namelist()) or file.testzip():

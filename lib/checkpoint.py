@@ -26,6 +26,8 @@ NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch Fl
 # a pickle of ours holds names, a vocabulary, and a few numbers for each prompt; each operation can make an
 # object of some 200 bytes
 PICKLE_BYTES, PICKLE_OPERATIONS = 2**26, 10**6
+PLAIN = ("BININT", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1", "NONE", "NEWTRUE",
+         "NEWFALSE")  # operations that push a value which holds no other
 
 
 def previous(path):
@@ -177,9 +179,10 @@ def load_tokenizer(path):
     data = _read(path)
     try:
         tokenizer = from_spec(data["tokenizer"])
-        if tokenizer.vocab_size != data["config"]["vocab_size"]:
+        rows = data["config"].get("vocab_size")
+        if type(rows) is not int or tokenizer.vocab_size != rows:
             raise UserError(f"it has {tokenizer.vocab_size} tokens, and the network "
-                            f"{data['config']['vocab_size']!r:.20}")
+                            f"{str(rows)[:20] if type(rows) is int else 'does not say how many'}")
     except UserError as error:
         raise UserError(f"{path}: its tokenizer: {' '.join(str(error).split())[-300:]}") from None
     return tokenizer
@@ -191,12 +194,15 @@ def _read(path):
         raise UserError(f"{path} is missing" + (f": `python {maker}` makes it" if maker else ""))
     data = unpickle(path, {"kind", "config", "tokenizer", "pool", "weights"}, "checkpoint")
     try:
+        if not isinstance(data["weights"], dict):  # dict() of a tensor would make one of each row
+            raise ValueError
         weights, size = dict(data["weights"]), os.path.getsize(path)
         fine = data["kind"] in ("GPT", "RewardModel") and data["pool"] in (None, *RewardModel.POOLS) and all(
             type(name) is str and x.is_floating_point() for name, x in weights.items())
         # twice, for the head shares the embedding's numbers; strides of 0 could feign any size
         fine = fine and sum(x.nbytes for x in weights.values()) <= 2 * size and type(data["config"]) is dict
         was = data.get("probe")
+        check_records(path, [*weights.values(), *([] if was is None else [was])])
         chat = data.get("chat")
         fine = fine and (chat is None or type(chat) is float and 0 <= chat <= 1)
         fine = fine and (was is None or was.is_floating_point() and was.dim() == 2 and was.nbytes <= size)
@@ -207,11 +213,42 @@ def _read(path):
     return data | {"weights": weights}
 
 
-def _check_pickle(data):
-    """ValueError: a pickle with globals that ours never reference, or with too many operations."""
-    for n, (operation, arg, _) in enumerate(pickletools.genops(data)):
-        if n > PICKLE_OPERATIONS or operation.name == "GLOBAL" and arg not in NAMED:
+def check_records(path, tensors):
+    """ValueError: a record of the archive is not as long as the tensor in it, which torch, when it maps the
+    file, does not notice: it reads on into the next record."""
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    with zipfile.ZipFile(path) as file:
+        there = [entry.file_size for entry in file.infolist() if "/data/" in entry.filename]
+    if sorted(filter(None, held.values())) != sorted(filter(None, there)):
+        raise ValueError("a record of another length")
+
+
+def check_pickles(path, named=NAMED):
+    """`check_archive`; then ValueError: the pickles in it would take too much memory or time, or reference
+    other globals than `named`."""
+    check_archive(path)
+    with zipfile.ZipFile(path) as file:
+        pickles = [entry for entry in file.infolist() if entry.filename.endswith(".pkl")]
+        if not sum(entry.file_size for entry in pickles) <= PICKLE_BYTES:
             raise ValueError
+        for entry in pickles:
+            _check_pickle(file.read(entry), named)
+
+
+def _check_pickle(data, named):
+    """ValueError: other globals, too many operations, or a tuple that is used again and holds more than plain
+    values: of tuples that hold the one before twice, 40 take for ever to hash."""
+    values, before, nested, again = 0, None, False, set()
+    for n, (operation, arg, _) in enumerate(pickletools.genops(data)):
+        name = operation.name
+        if n > PICKLE_OPERATIONS or name == "GLOBAL" and arg not in named or "GET" in name and arg in again:
+            raise ValueError
+        if "PUT" in name:  # what was just made gets the number `arg`
+            again |= {arg} if nested else set()
+            continue
+        inside = {"TUPLE": before == "MARK", "TUPLE1": values > 0, "TUPLE2": values > 1, "TUPLE3": values > 2}
+        nested = not inside.get(name, True)
+        values, before = (values + 1, before) if name.startswith(PLAIN) else (0, name)
 
 
 def unpickle(path, names, what, mmap=True):
@@ -220,13 +257,7 @@ def unpickle(path, names, what, mmap=True):
     UserError: other content, corrupt, compressed, or referencing globals that `write` never wrote.
     """
     try:
-        check_archive(path)
-        with zipfile.ZipFile(path) as file:
-            pickles = [entry for entry in file.infolist() if entry.filename.endswith(".pkl")]
-            if not sum(entry.file_size for entry in pickles) <= PICKLE_BYTES:
-                raise ValueError
-            for entry in pickles:
-                _check_pickle(file.read(entry))
+        check_pickles(path)
         data = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         if not names <= data.keys():
             raise ValueError

@@ -79,14 +79,12 @@ class Run:
             raise UserError(f"--resume: there is no {self.path} to resume from; drop --resume")
         path = self.path if self.path.exists() else self.finished
         saved = unpickle(path, {"start", "step"}, "saved state", mmap=False)
-        start, step = saved["start"], saved["step"]
-        plain = type(start) is dict and all(type(x) in (str, int, float, bool, type(None))
-                                            for x in start.values())
-        if not plain or type(step) is not int or step < 0:
+        if not says_plainly(saved):
             raise UserError(f"{path} is not an onetrunk saved state, or is corrupt")
         new = {"--" + field.name.replace("_", "-"): field.default for field in dataclasses.fields(self.cfg)}
-        start = new | start  # of a flag that there was not yet, a state knows nothing
-        was = [f"{name} was {start.get(name)}" for name, x in self.start.items() if start.get(name) != x]
+        start = new | saved["start"]  # of a flag that there was not yet, a state knows nothing
+        was = [f"{name} was {start.get(name)!s:.200}" for name, x in self.start.items()
+               if start.get(name) != x]
         if was:
             raise UserError(f"--resume: the run in {path} was started with different settings: "
                             f"{', '.join(was)}")
@@ -99,7 +97,7 @@ class Run:
     def _was_finished(self, saved):
         """Whether a state is what a kill at the very end of `finish` left behind."""
         last = unpickle(self.finished, {"start", "step"}, "saved state", mmap=False)
-        return str(last["start"]) == str(saved["start"]) and str(last["step"]) == str(saved["step"])
+        return says_plainly(last) and (last["start"], last["step"]) == (saved["start"], saved["step"])
 
     def begin(self, steps, **parts):
         """Open the log and fill `parts` from the saved state, if any; returns the number of steps done.
@@ -228,6 +226,13 @@ class Run:
         except UserError:  # corrupt, which must not keep the new result from being written
             return False
         return mark.get("result") == checksum(self.result)
+
+
+def says_plainly(saved):
+    """Whether a state or mark has settings and a step, which can be compared and printed."""
+    start, step = saved["start"], saved["step"]
+    return type(start) is dict and type(step) is int and step >= 0 and all(
+        type(x) in (str, int, float, bool, type(None)) for x in start.values())
 
 
 def lock(out):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -26,8 +27,9 @@ from lib import resume
 from lib.checkpoint import load, load_tokenizer, save
 from lib.common import Log, set_lr
 from lib.resume import Run
-from lib.state import check_state
+from lib.state import check_plain, check_state
 from model import GPT, RewardModel
+from tools import hf
 
 pytestmark = pytest.mark.slow
 
@@ -430,6 +432,32 @@ def test_M_no_flipped_bit_changes_a_weight_in_silence(tmp_path):
         path.unlink()
 
 
+def test_M_of_a_file_written_twice_no_half_goes_unchecked(tmp_path):
+    """zipfile reads the last of two archives in a file, torch.load the first."""
+    path = tmp_path / "x.pt"
+    save(path, tiny_gpt(n_layer=1, vocab_size=257), BYTES)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 64
+    for data in (bytes(flipped) + whole, whole + whole, whole[:500] + whole):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="is corrupt"):
+            load(GPT, path)
+
+
+def test_M_no_weight_is_read_from_beyond_its_record(tmp_path):
+    path, gpt = tmp_path / "x.pt", tiny_gpt(n_layer=1, vocab_size=257)
+    save(path, gpt, BYTES)
+    with zipfile.ZipFile(path) as file:
+        records = {name: file.read(name) for name in file.namelist()}
+    bias = next(name for name, data in records.items() if "/data/" in name and not any(data))
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in records.items():
+            file.writestr(name, data[:-2] if name == bias else data)
+    with pytest.raises(UserError, match="is corrupt"):
+        load(GPT, path)
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A folder with a saved state of each stage, stopped after a step."""
@@ -535,6 +563,50 @@ def test_a_state_from_before_a_flag_existed_is_resumed_at_its_default(stopped, m
         sft(epochs=0.1, out="sft_out", resume=True)
 
 
+def doubled(n):
+    """A list that holds another twice, and so on: 2**n places to print."""
+    x = []
+    for _ in range(n):
+        x = [x, x]
+    return x
+
+
+def test_N_a_mark_that_prints_for_ever_is_no_mark(stopped, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begin(*args, **parts):
+        raise Begun
+
+    monkeypatch.chdir(stopped)
+    monkeypatch.setattr(Run, "begin", begin)
+    mark = Path("sft_out/sft.finished.pt")
+    state = torch.load("sft_out/sft.state.pt", weights_only=True)
+    torch.save({"start": state["start"], "step": doubled(60)}, mark)
+    with pytest.raises(Begun):
+        sft(epochs=0.1, out="sft_out", resume=True)
+    mark.unlink()
+
+
+@pytest.mark.parametrize("x", [doubled(60), 10**400, math.inf],
+                         ids=["nested", "huge", "infinite"])
+def test_N_a_number_that_is_none_is_refused(x):
+    with pytest.raises(ValueError, match="numbers.kl"):
+        check_plain({"kl": 1.0}, {"kl": x}, "numbers")
+
+
+def test_N_settings_are_shown_in_brief(stopped, monkeypatch):
+    monkeypatch.chdir(stopped)
+    path = Path("sft_out/sft.state.pt")
+    whole = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"start": state["start"] | {"--seed": "1" * 10**6}}, path)
+    with pytest.raises(UserError, match="--seed was 1111") as error:
+        sft(epochs=0.1, out="sft_out", resume=True)
+    assert len(str(error.value)) < 1000
+    path.write_bytes(whole)
+
+
 def test_N_a_part_without_gradient_in_some_steps_may_be_resumed():
     """As an expert that got no token: AdamW counts its steps apart."""
     used, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
@@ -572,6 +644,28 @@ def test_O_a_checkpoint_that_does_not_fit_itself_is_refused(folder):
             load_tokenizer(path)
 
 
+@pytest.mark.parametrize("rows", [None, "257", torch.ones(2), doubled(60)],
+                         ids=["none", "text", "tensor", "nested"])
+def test_O_a_network_that_does_not_say_its_size_is_refused(tmp_path, rows):
+    """tools.hf reads the tokenizer first."""
+    path = tmp_path / "x.pt"
+    save(path, tiny_gpt(vocab_size=257), BYTES)
+    config = torch.load(path, weights_only=True)["config"]
+    del config["vocab_size"]
+    rewritten(path, config=config if rows is None else config | {"vocab_size": rows})
+    with pytest.raises(UserError, match="257 tokens, and the network does not say|is corrupt"):
+        load_tokenizer(path)
+
+
+def test_O_weights_that_are_a_huge_tensor_are_not_taken_apart(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    save(path, tiny_gpt(vocab_size=257), BYTES)
+    rewritten(path, weights=torch.zeros(1).expand(10**4, 10**6))
+    monkeypatch.setattr(torch.Tensor, "__iter__", lambda x: pytest.fail("it was taken apart"))
+    with pytest.raises(UserError, match="is corrupt"):
+        load(GPT, path)
+
+
 @pytest.mark.parametrize("junk", [b"]", b"\x8f", b"}", b"(", b"K\x01", b"N"])
 def test_O_a_pickle_that_eats_memory_is_refused_at_once(tmp_path, junk):
     path = tmp_path / "x.pt"
@@ -586,6 +680,27 @@ def test_O_a_pickle_that_eats_memory_is_refused_at_once(tmp_path, junk):
 
 
 # ---- P: writing beside ----
+
+def doublings(n):
+    """A pickled tuple that holds another twice, and so on: n + 1 objects, 2**n places."""
+    number = [(10**6 + i).to_bytes(4, "little") for i in range(n + 1)]
+    return b"(" * n + b")r" + number[0] + b"".join(
+        b"j" + number[i] + b"tr" + number[i + 1] for i in range(n))
+
+
+@pytest.mark.parametrize("name, read, says", [
+    ("x.pt", lambda path: load(GPT, path), "is not an onetrunk checkpoint"),
+    ("x.bin", hf.read_pickle, "holds more than tensors")])
+@pytest.mark.parametrize("key", [doublings(60), b"cbuiltins\nbytearray\n(\x8a\x05\0\x9457\0tR"])
+def test_O_a_pickle_that_takes_for_ever_is_refused_at_once(tmp_path, name, read, says, key):
+    with zipfile.ZipFile(tmp_path / name, "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02}" + key + b"Ns.")
+        file.writestr("archive/version", "3\n")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=says):
+        read(tmp_path / name)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 10**6  # kB
+
 
 def test_P_what_is_written_beside_follows_no_link_and_leaves_nothing(tmp_path):
     precious, path = tmp_path / "precious", tmp_path / "x.pt"

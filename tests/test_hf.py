@@ -266,6 +266,16 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:2000])
 
 
+def short_record(path):
+    """What lacks would be read from the record that follows."""
+    torch.save({"a": torch.zeros(1000), "b": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data[:-4] if name.endswith("data/0") else data)
+
+
 BAD_PICKLES = {
     "empty": lambda path: path.write_bytes(b""),
     "random": lambda path: path.write_bytes(bytes(range(7, 250))),
@@ -278,6 +288,7 @@ BAD_PICKLES = {
     "sparse": lambda path: torch.save({"a": torch.eye(3).to_sparse()}, path),
     "meta": lambda path: torch.save({"a": torch.zeros(3, device="meta")}, path),
     "zip bomb": zip_bomb, "huge storage": huge_storage, "truncated": truncated,
+    "short record": short_record,
     "hollow": lambda path: hollow(path, True), "hollow and old": lambda path: hollow(path, False),
 }
 

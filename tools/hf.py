@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from data.download import download
-from data.files import UserError, atomic_folder, check_archive, json_object
+from data.files import UserError, atomic_folder, json_object
 from data.tokenizer import get_tokenizer
 from lib import checkpoint
 from lib.flags import one_sentence
@@ -42,6 +42,8 @@ SETTINGS = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_py
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.uint8}
+NAMED = checkpoint.NAMED | {f"torch {x}Storage" for x in ("Bool", "Char", "Short", "Int")} | {
+    "torch._utils _rebuild_tensor", "torch._utils _rebuild_parameter"}  # in a pytorch_model.bin
 HEADER_MAX = 100_000_000  # bytes; the limit of the safetensors package
 OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before torch 1.6
 
@@ -112,7 +114,7 @@ def read_pickle(path):
     zipped = start[:4] == b"PK\3\4"
     try:
         if zipped:
-            check_archive(path)
+            checkpoint.check_pickles(path, NAMED)
         elif start != OLD_PICKLE:
             raise ValueError
         tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
@@ -121,6 +123,8 @@ def read_pickle(path):
         # twice the size: a head may share the embedding's data; strides of 0 could claim any size
         if not plain or sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:
             raise ValueError
+        if zipped:
+            checkpoint.check_records(path, tensors.values())
     except Exception as error:  # a corrupt pickle can raise anything
         lack = ", or there is too little memory to read it" if exhausted(error) else ""
         raise UserError(f"{path} is corrupt, or holds more than tensors and their names (code in such a "
