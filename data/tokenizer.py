@@ -81,7 +81,9 @@ def get_tokenizer(name):
         return _from_ranks(name, {bytes([i]): i for i in range(256)})
     try:
         if name == "gpt2":
-            return Tokenizer(name, tiktoken.get_encoding(name))
+            encoding = tiktoken.get_encoding(name)
+            ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
+            return _from_ranks(name, ranks, _dump(ranks))  # with its ranks, so checkpoints need no network
         with open(name, "rb") as file:
             text = file.read().decode("latin-1")  # never fails; _parse checks every line
     except (OSError, ValueError, ImportError) as error:  # requests' errors are OSErrors

@@ -166,13 +166,29 @@ def test_gpt2(gpt2):
     assert (gpt2.name, gpt2.vocab_size, gpt2.eos) == ("gpt2", 50257, 50256)
     assert gpt2.encode("hello world") == [31373, 995]
     assert gpt2.decode([31373, 50256, 995]) == "hello world"
-    assert gpt2.spec() == {"name": "gpt2"} and from_spec(gpt2.spec()).encode(" a") == [257]
+    old = from_spec({"name": "gpt2"})  # a checkpoint from before the ranks were in it
+    assert old.spec() == gpt2.spec() and old.encode(" a") == from_spec(gpt2.spec()).encode(" a") == [257]
     for text in NASTY:
         assert gpt2.decode(gpt2.encode(text)) == text and gpt2.eos not in gpt2.encode(text)
 
 
 def test_split_is_gpt2s(gpt2):
-    assert tokenizer.SPLIT == gpt2.encoding._pat_str
+    theirs = tiktoken.get_encoding("gpt2")
+    assert tokenizer.SPLIT == theirs._pat_str
+    assert all(gpt2.encode(text) == theirs.encode_ordinary(text) for text in [*NASTY, TEXT])
+
+
+def test_a_checkpoint_with_gpt2_needs_no_network(gpt2, monkeypatch):
+    spec = gpt2.spec()
+
+    def offline(name):
+        raise OSError("no network")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        get_tokenizer("gpt2")
+    again = from_spec(spec)
+    assert (again.name, again.vocab_size, again.eos, again.spec()) == ("gpt2", 50257, 50256, spec)
+    assert again.encode(TEXT) == gpt2.encode(TEXT)
 
 
 def test_gpt2_without_network(monkeypatch, tmp_path):
