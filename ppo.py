@@ -21,20 +21,30 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from data.examples import encode_demonstrations, open_data, open_prompts, pad, prompt_room, response_mask
 from data.records import read_sft
+from data.split import read_training
 from lib.checks import check_start
 from lib.common import Cycle, clip_and_step, finite, masked_mean, micro_batches
 from lib.fast import in_pieces
 from lib.flags import Shared, bounded, cli, pick_device
 from lib.generate import generate
-from lib.report import Warnings, describe, evaluate, means, print_table, rollout_stats, win_rates
+from lib.report import (
+    LEGEND,
+    Warnings,
+    describe,
+    evaluate,
+    means,
+    print_table,
+    rollout_stats,
+    samples,
+    win_rates,
+)
 from lib.resume import Run
-from lib.rewards import in_units, load_models, scale_of, units
+from lib.rewards import in_units, load_models, model_files, scale_of, units
 from train_sft import sft_backward
 
 
@@ -43,11 +53,14 @@ class Config(Shared):
     # run
     data: str = "stories"  # folder with prompts.jsonl, or "stories"
     out: str = "out"  # folder with sft.pt and rm.pt, and for the results
-    reward: str = ""  # FILE.py:FUNCTION instead of out/rm.pt; this runs the code in that file
+    sft: str = ""  # the SFT model, instead of sft.pt in --out
+    rm: str = ""  # the reward model, instead of rm.pt in --out
+    reward: str = ""  # FILE.py:FUNCTION instead of a reward model; this runs the code in that file
     reward_scale: str = "first"  # scores of --reward: in sd of the "first" ones, or "none": as they are
     judge: str = ""  # checkpoint of a second reward model: reported, never optimised
     updates: int = 60  # rollouts with an update each
     show: int = bounded(4, 0)  # held-out texts printed at the end, before and after
+    eval_prompts: int = 256  # held-out prompts that are answered, at most
     save_every: int = bounded(10, 0)  # updates between saved states, to resume from; 0: at the end only
     # rollout
     batch: int = 64  # prompts in a rollout
@@ -241,18 +254,16 @@ def main(cfg):
     device = pick_device(cfg.device)
     order = torch.Generator().manual_seed(cfg.seed)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    out = Path(cfg.out)
     folder, world = open_data(cfg.data)
     files = [folder / name for name in ("prompts.jsonl", "prompts_val.jsonl", "sft.jsonl")]
-    files += [out / "sft.pt", "" if cfg.reward else out / "rm.pt", cfg.judge]
-    run = Run("ppo", cfg, files, device)
+    run = Run("ppo", cfg, [*files, *model_files(cfg)], device)
 
     models = load_models(cfg, device, run)
     policy, critic, tokenizer = models.policy, models.critic, models.tokenizer
     block_size = policy.config.block_size
     room = min([block_size, *(rm.room for rm in (critic, models.judge) if rm)])
-    prompts, val = open_prompts(folder, tokenizer, prompt_room(room, cfg.max_new_tokens), cfg.skip_bad)
-    demonstrations = encode_demonstrations(read_sft(folder / "sft.jsonl", cfg.skip_bad), tokenizer,
+    prompts, val = open_prompts(folder, tokenizer, prompt_room(room, cfg.max_new_tokens), cfg)
+    demonstrations = encode_demonstrations(read_training(read_sft, folder / "sft.jsonl", cfg), tokenizer,
                                            block_size, "sft.jsonl") if cfg.ptx_coef else []
     some, some_ptx = Cycle(prompts, cfg.batch, order), Cycle(demonstrations, cfg.batch, order)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
@@ -260,7 +271,8 @@ def main(cfg):
     check_start((rollout, assess, advantages, minibatch_backward), models, prompts, cfg, device)
     held_out = partial(evaluate, (rollout, assess), models, val, world, cfg, device)
     before = held_out()
-    print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out: {describe(means(before))}")
+    print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out ({len(val)}): "
+          f"{describe(means(before))}")
     print(units(models.score), end="")
 
     now, warn = {"kl_coef": cfg.kl_coef}, Warnings()
@@ -296,10 +308,11 @@ def main(cfg):
     after = held_out()
     before = in_units(before, models.score, cfg.no_eos_score)
     run.finish(policy, tokenizer, {"update": 0, **means(before), **scale_of(models.score)},
-               {"update": cfg.updates, **means(after), **win_rates(after, before)})
+               {"update": cfg.updates, **means(after), **win_rates(after, before)},
+               samples=samples(before, after))
     print_table(before, after, world, cfg.show)
     print(f"{units(models.score)}PPO done: {describe(means(after))}; {run.result}")
 
 
 if __name__ == "__main__":
-    cli(main, Config)
+    cli(main, Config, LEGEND)

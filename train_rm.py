@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from data.examples import encode_prompts, encode_rankings, open_data, pad, prompt_room
 from data.files import UserError
 from data.records import read_preferences, read_prompts
+from data.split import read_split
 from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_model, check_scores
 from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
@@ -37,6 +38,7 @@ class Config(Shared):
     # run
     data: str = "stories"  # folder with preferences.jsonl, or "stories"
     out: str = "out"  # folder with sft.pt, and for the results
+    sft: str = ""  # the SFT model to start from, instead of sft.pt in --out
     # reward model
     pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
     max_new_tokens: int = 100  # longest of the samples that scores are normalised on; as for ppo.py
@@ -119,14 +121,14 @@ def main(cfg):
     order = torch.Generator().manual_seed(cfg.seed)
     device = pick_device(cfg.device)
     folder, world = open_data(cfg.data)
-    sft, names = Path(cfg.out) / "sft.pt", ("preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl")
+    sft = Path(cfg.sft or Path(cfg.out) / "sft.pt")
+    names = ("preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl")
     run = Run("rm", cfg, [sft, *(folder / name for name in names)], device)
     if cfg.pool not in RewardModel.POOLS:
         raise UserError(f"--pool {cfg.pool}: expected one of {', '.join(RewardModel.POOLS)}")
 
     gpt, tokenizer = load(GPT, sft, cfg.dropout), load_tokenizer(sft)
-    train = read_preferences(folder / "preferences.jsonl", cfg.skip_bad)
-    val = read_preferences(folder / "preferences_val.jsonl", cfg.skip_bad)
+    train, val = read_split(read_preferences, folder / "preferences.jsonl", cfg)
     rm = RewardModel.from_gpt(gpt, cfg.pool)  # the head swap
     check_model(prepare(gpt, device))
     check_scores(prepare(rm, device))

@@ -16,6 +16,7 @@ import torch
 from data.examples import encode_demonstrations, open_data, pad, response_mask
 from data.files import UserError
 from data.records import ANSWER, read_sft
+from data.split import read_split
 from data.tokenizer import get_tokenizer, train_tokenizer
 from lib.checkpoint import load, load_tokenizer, new_gpt
 from lib.checks import check_model
@@ -119,8 +120,7 @@ def main(cfg):
     folder, _ = open_data(cfg.data)
     run = Run("sft", cfg, [folder / "sft.jsonl", folder / "sft_val.jsonl", cfg.init, cfg.tokenizer], device)
 
-    train = read_sft(folder / "sft.jsonl", cfg.skip_bad)
-    val = read_sft(folder / "sft_val.jsonl", cfg.skip_bad)
+    train, val = read_split(read_sft, folder / "sft.jsonl", cfg)
     gpt, tokenizer = start(cfg, train)
     gpt.chat = fmean(prompt.endswith(ANSWER) for prompt, _ in train)  # sample.py asks
     check_model(prepare(gpt, device))

@@ -15,6 +15,7 @@ import torch
 from data import stories
 from data.files import UserError
 from data.records import read_prompts
+from data.split import read_split
 
 
 def open_data(name):
@@ -61,10 +62,12 @@ def encode_prompts(prompts, tokenizer, room, name):
     return [prompt for _, prompt, _ in _encode([(prompt, []) for prompt in prompts], tokenizer, room, name)]
 
 
-def open_prompts(folder, tokenizer, room, skip_bad):
-    """Token lists of prompts.jsonl and of prompts_val.jsonl, each of at most `room` tokens."""
-    return [encode_prompts(read_prompts(folder / name, skip_bad), tokenizer, room, name)
-            for name in ("prompts.jsonl", "prompts_val.jsonl")]
+def open_prompts(folder, tokenizer, room, cfg):
+    """Token lists of prompts.jsonl and the first cfg.eval_prompts of prompts_val.jsonl, each of at most
+    `room` tokens."""
+    train, val = read_split(read_prompts, folder / "prompts.jsonl", cfg)
+    return (encode_prompts(train, tokenizer, room, "prompts.jsonl"),
+            encode_prompts(val[: cfg.eval_prompts], tokenizer, room, "prompts_val.jsonl"))
 
 
 def encode_prompt(prompt, tokenizer):

@@ -13,7 +13,6 @@ sft: prompt -> the chosen response; preferences: both; prompts: each once. The _
 test files or, if only train files or only test files are given, from 5% of the conversations. Examples
 whose first human turn is the same are one conversation, which is either trained on or held out.
 """
-import hashlib
 import re
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from data.convert import (
 from data.download import download
 from data.files import UserError
 from data.records import ANSWER, split, text_of
+from data.split import held_out
 
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 SUBSETS = ["helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled"]
@@ -53,7 +53,7 @@ def conversation(prompt):
 
 
 def is_val(key):
-    return int(hashlib.sha256(key.encode()).hexdigest()[:12], 16) / 16**12 < VAL_SHARE
+    return held_out(key, VAL_SHARE)
 
 
 def is_test(path):

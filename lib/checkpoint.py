@@ -5,6 +5,7 @@ script needs.
 """
 import dataclasses
 import filecmp
+import json
 import math
 import os
 import pickletools
@@ -44,12 +45,17 @@ def keep_previous(path):
         print(f"{path} already exists; moved to {previous(path)}")
 
 
-def write(path, data, keep=None):
-    """Atomic torch.save. keep: an existing file is first moved to *.prev.*, "other" only if it differs or
-    "any", None never. UserError: disk full."""
+def write_lines(rows, file):
+    """A JSON object a line."""
+    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def write(path, data, keep=None, save=None):
+    """Atomic torch.save, or save(data, file). keep: an existing file is first moved to *.prev.*, "other" only
+    if it differs or "any", None never. UserError: disk full."""
     try:
         with atomic_file(path) as file:
-            torch.save(data, file)
+            (save or torch.save)(data, file)
             file.flush()
             if keep == "any" or keep and path.exists() and not filecmp.cmp(file.name, path, shallow=False):
                 keep_previous(path)

@@ -36,16 +36,18 @@ class Shared:
     checkpoint_activations: bool = False  # less memory, a third more work: blocks are computed twice
     compile: bool = False  # torch.compile, in generation only on a GPU; needs a C++ compiler
     skip_bad: bool = False  # skip malformed lines and report how many
+    val_fraction: float = bounded(0.0, 0, 0.5)  # held out of a training file that has no *_val.jsonl
 
     given = frozenset()  # names of the flags on the command line; no field
 
 
-def cli(main, Config):
-    """Parse flags into Config and run main; report a user's mistake as one sentence, exit 1."""
+def cli(main, Config, legend=None):
+    """Parse flags into Config and run main; report a user's mistake as one sentence, exit 1. legend: what -h
+    ends with."""
     make_harmless()
     try:
         args = [re.sub(r"^-(?=[\d.]+e[+-]?\d+$)", " -", arg) for arg in sys.argv[1:]]  # -1e9 is no flag
-        cfg = Config(**vars(flags(main, Config).parse_args(args)))
+        cfg = Config(**vars(flags(main, Config, legend).parse_args(args)))
     except KeyboardInterrupt:
         sys.exit(130)
     cfg.given = {arg[2:].partition("=")[0].replace("-", "_") for arg in sys.argv[1:] if arg.startswith("--")}
@@ -78,11 +80,11 @@ def one_sentence(name, remedy):
         raise
 
 
-def flags(main, Config):
+def flags(main, Config, legend=None):
     """The parser: a flag for each field of Config, its comment as help; a comment line is a heading. Where
     Config only changes a default, heading and help are those of the class it is derived from."""
     parser = argparse.ArgumentParser(description=sys.modules[main.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     epilog=legend, formatter_class=argparse.RawDescriptionHelpFormatter)
     fields, group, groups = {field.name: field for field in dataclasses.fields(Config)}, parser, {"": parser}
     source = "\n    # \n".join(inspect.getsource(c) for c in Config.__mro__ if dataclasses.is_dataclass(c))
     found = re.findall(r"^    (?:# (.*)|(\w+): .*?(?:# *(.*))?)$", source, re.M)
@@ -118,6 +120,7 @@ def check_pairs(cfg):
         "--reward-scale does nothing without --reward": "reward_scale" in changed and not x["reward"],
         f"--reward-scale {x['reward_scale']}: expected first or none":
             x["reward"] and x["reward_scale"] not in ("first", "none"),
+        "--rm does nothing with --reward": x["rm"] and x["reward"],
         "--minibatches must not exceed --batch": x["minibatches"] > x["batch"],
         "--d-model must be a multiple of --n-head":
             x["n_head"] and not x["init"] and x["d_model"] % x["n_head"],

@@ -94,6 +94,20 @@ def calibration_error(gap, bins=10):
 
 # ---- PPO ----
 
+LEGEND = """columns, while it trains and in out/ppo.log.jsonl:
+  score, judge     mean reward, in sd of the SFT model's samples; judge: of a second model, never optimised
+  raw              mean of what --reward returned, before it was scaled
+  gold             mean true score, where it is known; nothing sees it
+  kl               nats a response between the policy and the SFT model
+  entropy          nats a token; near 0: the policy says the same thing again and again
+  eos, length      share of responses that end; their tokens
+  explained        share of the returns' variance that the critic predicts; 1 is perfect, below 0 useless
+  ratio, clipped   of new to old probability in the last minibatch; share of tokens where the clip binds
+  update_kl        nats a token between the policy before and after the update; see --update-kl
+  value_loss, grad_norm, kl_coef   the critic's loss; the policy's gradient before clipping; the KL penalty
+  distinct_2       different pairs of neighbouring words over all; falls when all answers are alike"""
+
+
 def measure(batch, tokenizer, world):
     """What is known of each response of an assessed rollout: score, kl (nats), eos, length, each (B,); raw,
     if the score is a scaled one; gold, where a `world` knows it; and the texts, [(prompt, response)]."""
@@ -163,6 +177,18 @@ def win_rates(after, before):
     wins = {f"{name}_win_rate": win_rate(after[name], before[name])
             for name in ("gold", "judge") if before[name]}
     return wins | {"win_rate": win_rate(after["score"], before["score"])}
+
+
+def samples(before, after):
+    """Two results of `evaluate` as rows for out/ppo.samples.jsonl: of each prompt the response of the SFT
+    model and PPO's, with all that is known of them."""
+    rows = []
+    for i, texts in enumerate(before["texts"]):
+        for name, result in (("SFT", before), ("PPO", after)):
+            prompt, response = texts if result is before else result["texts"][i]
+            rows.append({"prompt": prompt, "response": response, "model": name} | {
+                name: x[i] for name, x in result.items() if name != "texts" and x})
+    return rows
 
 
 def print_table(before, after, world, show):

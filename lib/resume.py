@@ -16,7 +16,17 @@ from pathlib import Path
 import torch
 
 from data.files import UserError, replace
-from lib.checkpoint import agrees, check_finite, keep_previous, previous, probe, save, unpickle, write
+from lib.checkpoint import (
+    agrees,
+    check_finite,
+    keep_previous,
+    previous,
+    probe,
+    save,
+    unpickle,
+    write,
+    write_lines,
+)
 from lib.common import Log
 from lib.state import check_state, get_state, set_state
 
@@ -52,11 +62,12 @@ class Run:
         self.result, self.log_path, self.finished = (
             out / f"{name}{end}" for end in (".pt", ".log.jsonl", ".finished.pt"))
         self.path, self.running_log = out / f"{name}.state.pt", out / f"{name}.state.jsonl"
+        self.samples = out / f"{name}.samples.jsonl"
         self._refuse_own_files(files)
         self.lock = lock(out)
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
-                      if name not in ("out", "resume", "save_every", "show",
-                                      "checkpoint_activations")}  # these change no result
+                      if name not in ("out", "resume", "save_every", "show",  # these change no result
+                                      "checkpoint_activations", "sft", "rm")}  # the last two are files
         self.start["--device"] = f"{device} on a machine with {torch.cuda.device_count()} GPUs"
         real = partial(os.path.relpath, start=os.path.realpath(out))  # a path, however it is spelled
         self.start |= {name: real(os.path.realpath(x)) for name, x in self.start.items()
@@ -66,7 +77,7 @@ class Run:
 
     def _refuse_own_files(self, files):
         """UserError: the run would read what it writes or moves."""
-        ours = [self.result, self.log_path, self.finished, self.path, self.running_log]
+        ours = [self.result, self.log_path, self.finished, self.path, self.running_log, self.samples]
         ours = {os.path.realpath(path): path for path in [*ours, *map(previous, ours)]}
         for file in filter(None, files):
             if path := ours.get(os.path.realpath(file)):
@@ -83,7 +94,7 @@ class Run:
             raise UserError(f"{path} is not an onetrunk saved state, or is corrupt")
         new = {"--" + field.name.replace("_", "-"): field.default for field in dataclasses.fields(self.cfg)}
         start = new | saved["start"]  # of a flag that there was not yet, a state knows nothing
-        was = [f"{name} was {start.get(name)!s:.200}" for name, x in self.start.items()
+        was = [f"{name} was {start.get(name, 'not read')!s:.200}" for name, x in self.start.items()
                if start.get(name) != x]
         if was:
             raise UserError(f"--resume: the run in {path} was started with different settings: "
@@ -201,15 +212,19 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def finish(self, model, tokenizer, *reports):
-        """Write the reports (dicts of numbers) into the log, then put result, log and mark in place of the
-        earlier generation. A kill at any moment leaves a whole generation or a state to resume from."""
+    def finish(self, model, tokenizer, *reports, samples=()):
+        """Write the reports (dicts of numbers) into the log, then put result, samples (dicts, if any), log
+        and mark in place of the earlier generation. A kill at any moment leaves a whole generation or a state
+        to resume from."""
         for numbers in reports:
             self.log.report(**numbers)
         os.fsync(self.log.file.fileno())
         # a mark that belongs to the result says that this is another generation, be it equal; else a result
         # that is equal is our own, of a `finish` that was killed
-        save(self.result, model, tokenizer, keep="any" if self._marked() else "other")
+        keep = "any" if self._marked() else "other"
+        save(self.result, model, tokenizer, keep)
+        if samples:
+            write(self.samples, samples, keep, write_lines)
         keep_previous(self.finished)
         keep_previous(self.log_path)
         replace(self.running_log, self.log_path)

@@ -33,14 +33,20 @@ class Models(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_models(cfg, device, run=None):
-    """The Models of out/sft.pt and out/rm.pt, or of --reward, and --judge."""
+def model_files(cfg):
+    """The checkpoints that PPO reads: SFT model, reward model, judge; "" for one that it has not."""
     out = Path(cfg.out)
+    return [cfg.sft or out / "sft.pt", "" if cfg.reward else cfg.rm or out / "rm.pt", cfg.judge]
+
+
+def load_models(cfg, device, run=None):
+    """The Models of `model_files`, or of --reward."""
+    sft, rm_file, judge_file = model_files(cfg)
 
     def ready(model):
         return prepare(model, device, cfg)
 
-    policy, tokenizer = ready(load(GPT, out / "sft.pt")), load_tokenizer(out / "sft.pt")
+    policy, tokenizer = ready(load(GPT, sft)), load_tokenizer(sft)
     ref = ready(copy.deepcopy(policy)).requires_grad_(False)
     if cfg.reward:
         scale = Scale() if cfg.reward_scale == "first" else None
@@ -48,10 +54,10 @@ def load_models(cfg, device, run=None):
         critic = ready(RewardModel.from_gpt(policy))
         torch.nn.init.zeros_(critic.reward_head.weight)  # nothing is known of these scores: start at 0
     else:
-        rm = ready(load_reward_model(out / "rm.pt", policy, tokenizer))
+        rm = ready(load_reward_model(rm_file, policy, tokenizer))
         critic = ready(copy.deepcopy(rm))  # (6)
         score = model_score(rm.requires_grad_(False), cfg.micro_batch)
-    judge = ready(load_reward_model(Path(cfg.judge), policy, tokenizer)) if cfg.judge else None
+    judge = ready(load_reward_model(judge_file, policy, tokenizer)) if judge_file else None
     return Models(policy, ref, critic, score, judge, tokenizer)
 
 

@@ -8,8 +8,7 @@ export python=${PYTHON:-python} out=${OUT:-out/seeds}/1 OMP_NUM_THREADS=1
 one_pool() {
     set -euo pipefail
     mkdir -p "$out-$1"
-    cp "$out/sft.pt" "$out-$1"
-    $python train_rm.py --out "$out-$1" --pool $1 > "$out-$1/log.txt"
+    $python train_rm.py --sft "$out/sft.pt" --out "$out-$1" --pool $1 > "$out-$1/log.txt"
 }
 export -f one_pool
 

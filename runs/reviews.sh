@@ -18,14 +18,12 @@ mkdir -p "$out"
     $python -m data.tokenizer train --vocab-size 8192 --out "$out/reviews.bpe" $data/sft.jsonl
 for seed in $seeds; do
     dir=$out/$seed
-    mkdir -p "$dir/half0" "$dir/half1"
     $python train_sft.py --data $data --out "$dir" --seed $seed --tokenizer "$out/reviews.bpe" $sft
     $python train_rm.py --data $data --out "$dir" --seed $seed $rm
     for half in 0 1; do
-        cp "$dir/sft.pt" "$dir/half$half"
-        $python train_rm.py --data ${data}_half$half --out "$dir/half$half" --seed $seed $rm
+        $python train_rm.py --data ${data}_half$half --sft "$dir/sft.pt" --out "$dir/half$half" --seed $seed $rm
     done
-    $python ppo.py --data $data --out "$dir/half0" --judge "$dir/half1/rm.pt" --seed $seed \
+    $python ppo.py --data $data --sft "$dir/sft.pt" --out "$dir/half0" --judge "$dir/half1/rm.pt" --seed $seed \
         --max-new-tokens 48 --kl-coef 0.15 --show 10
 done
 folders=()

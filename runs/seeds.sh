@@ -12,8 +12,7 @@ one_seed() {
     $python train_sft.py --seed $1 --out "$dir" > "$dir/log.txt"
     $python train_rm.py --seed $1 --out "$dir" >> "$dir/log.txt"
     $python ppo.py --seed $1 --out "$dir" >> "$dir/log.txt"
-    cp "$dir/sft.pt" "$dir/rm.pt" "$free"
-    $python ppo.py --seed $1 --out "$free" --kl-coef 0 > "$free/log.txt"
+    $python ppo.py --seed $1 --sft "$dir/sft.pt" --rm "$dir/rm.pt" --out "$free" --kl-coef 0 > "$free/log.txt"
 }
 export -f one_seed
 

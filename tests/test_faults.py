@@ -73,7 +73,8 @@ def test_A_odd_prompts_are_the_same_tokens_in_every_stage(folder, monkeypatch, c
     rm()
     monkeypatch.setattr(ppo, "check_start", lambda phases, models, prompts, *rest: seen.update(
         ppo=prompts))
-    monkeypatch.setattr(ppo, "evaluate", lambda phases, models, prompts, *rest: seen.update(val=prompts) or exit(0))
+    monkeypatch.setattr(ppo, "evaluate", lambda phases, models, prompts, *rest: seen.update(
+        val=prompts) or exit(0))
     with pytest.raises(SystemExit):
         ppo_main()
     assert seen == {"rm": expected, "ppo": expected, "val": expected}

@@ -98,8 +98,9 @@ def names(folder):
 
 
 def test_every_stage_writes_its_files(made):
-    assert names(made / "out") == sorted(f"{stage}{end}" for stage in ("sft", "rm", "ppo")
-                                         for end in (".pt", ".log.jsonl", ".finished.pt"))
+    assert names(made / "out") == sorted([*(f"{stage}{end}" for stage in ("sft", "rm", "ppo")
+                                            for end in (".pt", ".log.jsonl", ".finished.pt")),
+                                          "ppo.samples.jsonl"])
     for name, kind in (("sft", GPT), ("rm", RewardModel), ("ppo", GPT)):
         net = load(kind, made / "out" / f"{name}.pt")
         assert not net.training and load_tokenizer(made / "out" / f"{name}.pt").name == "bytes"
@@ -170,8 +171,9 @@ def test_B10_same_seed_same_run(made, run, tmp_path):
     """Of all stages; the files of the run before are kept beside."""
     for _ in range(2):
         train(made / "data", tmp_path)
-    assert names(tmp_path) == sorted(f"{stage}{end}" for stage in ("sft", "rm", "ppo") for end in (
-        ".pt", ".prev.pt", ".log.jsonl", ".log.prev.jsonl", ".finished.pt", ".finished.prev.pt"))
+    assert names(tmp_path) == sorted([*(f"{stage}{end}" for stage in ("sft", "rm", "ppo") for end in (
+        ".pt", ".prev.pt", ".log.jsonl", ".log.prev.jsonl", ".finished.pt", ".finished.prev.pt")),
+        "ppo.samples.jsonl", "ppo.samples.prev.jsonl"])
     for stage, kind in (("sft", GPT), ("rm", RewardModel), ("ppo", GPT)):
         for end in ("", ".prev"):
             assert steps(tmp_path / f"{stage}.log{end}.jsonl") == steps(made / f"out/{stage}.log.jsonl")

@@ -58,11 +58,11 @@ def child(job):
     os.dup2(output, 1), os.dup2(output, 2)
     sys.argv = [module.__name__ + ".py", *job["flags"]]
 
-    def finish(run, *results):
+    def finish(run, *results, **samples):
         with suppress(RuntimeError):  # the disk is full
             torch.save({name: get_state(part) for name, part in run.parts.items()},
                        run.path.with_name(f"{job['stage']}.last.pt"))
-        shipped(run, *results)
+        shipped(run, *results, **samples)
     Run.finish = finish
     if "stop_at" in job:
         stop_at(job["stop_at"], job["signal"])
