@@ -48,7 +48,8 @@ class Cache(nn.Module):
         self.whole, self.empty = self.empty, False
         if not self.fixed:  # else nobody looks at it; that S suffices is known beforehand
             self.filled += T
-        self.key_positions = torch.arange(self.S if self.fixed else self.filled, device=device)[None]
+        S = T if self.whole else self.S if self.fixed else self.filled
+        self.key_positions = torch.arange(S, device=device)[None]
         self.places = {}  # for each number of heads
         return self
 
