@@ -84,14 +84,15 @@ class Attention(nn.Module):
         if config.d_model % config.n_head:
             raise ValueError(f"d_model {config.d_model} must be divisible by n_head {config.n_head}")
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.split = [config.n_head] * 3  # heads of queries, keys, values
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x, seen, look):
         """x (B,T,C) -> (B,T,C); seen: WholeText or Cache, look: `may_look` of it."""
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B,H,T,D)
+        qkv = self.qkv(x).view(B, T, -1, C // self.n_head).transpose(1, 2)  # (B,3H,T,D)
+        q, k, v = qkv.split(self.split, 1)  # 3 x (B,H,T,D)
         k, v = seen.append(f"k{self.layer}", k), seen.append(f"v{self.layer}", v)  # (B,H,S,D)
         y = attend(q, k, v, look, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
