@@ -155,7 +155,8 @@ def load(model_class, path, dropout=0.0):
 
 def check_same(model, data, path):
     """UserError: the model that was loaded does not compute what the one that was saved did."""
-    tied = [name for name, x in model.state_dict().items() if not torch.equal(x, data["weights"][name])]
+    there = data["weights"]  # a load_state_dict hook may add what an older model.py did not have
+    tied = [name for name, x in model.state_dict().items() if not torch.equal(x, there.get(name, x))]
     if tied:
         raise UserError(f"{path}: {tied[0]} shares its weights with another layer in this model.py, but not "
                         "in the checkpoint")
