@@ -11,7 +11,7 @@ from model import GPT, GPTConfig
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 BYTES = get_tokenizer("bytes")
-TINY = {"vocab_size": 17, "block_size": 32, "n_layer": 2, "n_head": 2, "d_model": 32}  # a GPTConfig
+TINY = {"vocab_size": 17, "block_size": 64, "n_layer": 2, "n_head": 4, "d_model": 32}  # a GPTConfig
 
 # the smallest settings with which the scripts do all of their work in a second or less
 SIZES = {"tokenizer": "bytes", "n_layer": 1, "n_head": 2, "d_model": 32, "block_size": 32,

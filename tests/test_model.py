@@ -1,6 +1,7 @@
 """model.py, its generation and its products, against plain formulas. Ids (M1, R7, ...): docs/method.md.
 
-After an edit of model.py, run this file: it says whether causality, cache, padding and heads still hold.
+After an edit of model.py, run this file: it says whether causality, cache, padding and heads still hold. It
+knows of no architecture, and takes parameters without a gradient; what is GPT-2's own is in test_gpt2.py.
 """
 import copy
 import itertools
@@ -26,6 +27,10 @@ PROMPTS = [[3], [5, 1, 4, 2, 9], [7, 7], [1, 2, 3, 4, 5, 6, 7], [16, 0, 8], [2, 
            [9, 10, 11, 12, 13, 14]]
 
 
+APPENDED = ("token",)  # pools that read behind the text, so that a prefix has no score of its own
+RUNNING_BEST = ("max",)  # pools whose value may stay as it is when the last token changes
+
+
 def random_tokens(rng, *shape, vocab=17):
     return torch.randint(vocab, shape, generator=rng)
 
@@ -43,7 +48,7 @@ def test_M1_causality_of_logits_and_values(tiny, rng):
             other[:, j] = (other[:, j] + 1) % 17
             after = net(other)
             assert torch.equal(before[:, :j], after[:, :j])
-            if getattr(net, "pool", "") != "max":
+            if getattr(net, "pool", "") not in RUNNING_BEST:
                 assert not torch.isclose(before[:, j], after[:, j]).all()
 
 
@@ -89,22 +94,17 @@ def test_M13_every_dropout_is_used(tiny, rng):
 
 def test_too_long_is_an_error(tiny):
     gpt = tiny()
-    with pytest.raises(ValueError, match="block_size 32"):
-        gpt(torch.zeros(1, 33, dtype=torch.long))
-    cache = Cache(1, 40, "cpu")
-    gpt.trunk(torch.zeros(1, 30, dtype=torch.long), cache)
-    with pytest.raises(ValueError, match="block_size 32"):
+    with pytest.raises(ValueError, match="block_size 64"):
+        gpt(torch.zeros(1, 65, dtype=torch.long))
+    cache = Cache(1, 70, "cpu")
+    gpt.trunk(torch.zeros(1, 62, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="block_size 64"):
         gpt.trunk(torch.zeros(1, 3, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="n_head"):
         GPT(GPTConfig(d_model=30, n_head=4))
 
 
-
 # ---- heads ----
-
-def n_params(net):
-    return sum(p.numel() for p in net.parameters())
-
 
 def test_M15_head_swap(tiny):
     gpt = tiny()
@@ -112,9 +112,7 @@ def test_M15_head_swap(tiny):
     for pool in RewardModel.POOLS:
         rm = RewardModel.from_gpt(gpt, pool)
         assert torch.equal(rm.trunk.wte.weight, gpt.trunk.wte.weight)
-        assert rm.reward_head.weight.shape == (1, 32)
         assert not any("lm_head" in name for name in rm.state_dict())
-        assert n_params(rm) == n_params(gpt.trunk) + 32 + 1 + 32 * (pool == "token")
         with torch.no_grad():
             for p in rm.parameters():
                 p.add_(1.0)
@@ -135,42 +133,6 @@ def test_M16_copies_share_nothing(tiny):
     assert len(set.union(*places)) == sum(map(len, places))
 
 
-@pytest.mark.slow
-def test_real_sizes():
-    """GPT-2 small, without its memory: the vocabulary head is 768 x 50257, the reward head 768 x 1."""
-    with torch.device("meta"):
-        gpt = GPT(GPTConfig())
-        rm = RewardModel.from_gpt(gpt)
-        tokens = torch.zeros(1, 5, dtype=torch.long)
-        assert gpt.lm_head.weight.shape == (50257, 768) and len(gpt.trunk.blocks) == 12
-        assert rm.reward_head.weight.shape == (1, 768)
-        assert gpt.trunk(tokens).shape == rm.trunk(tokens).shape == (1, 5, 768)
-        assert gpt(tokens).shape == (1, 5, 50257) and rm(tokens).shape == (1, 5)
-    assert n_params(rm) == n_params(rm.trunk) + 769
-
-
-def test_how_weights_start():
-    """0.02 at GPT-2's width, wider for narrower nets, residual branches smaller; biases 0, norms 1."""
-    torch.manual_seed(0)
-    for C, L, std in ((768, 1, 0.02), (192, 2, 0.04)):
-        trunk = model.Trunk(GPTConfig(vocab_size=500, block_size=300, n_layer=L, n_head=2, d_model=C))
-        for name, p in trunk.named_parameters():
-            if p.dim() > 1:
-                want = std / math.sqrt(2 * L) if ".proj." in name else std
-                assert p.std().item() == pytest.approx(want, rel=0.03), name
-                assert abs(p.mean().item()) < std / 50, name
-            else:
-                norm = ".ln_" in f".{name}" and name.endswith("weight")
-                assert (p == (1.0 if norm else 0.0)).all(), name
-
-
-def test_R9_head_init():
-    rm = RewardModel(model.Trunk(GPTConfig(vocab_size=1, block_size=1, n_layer=0, n_head=1, d_model=4096)))
-    assert rm.reward_head.weight.std().item() == pytest.approx(1 / math.sqrt(4097), rel=0.05)
-    assert rm.reward_head.bias.item() == 0
-    assert RewardModel(rm.trunk, "token").reward_token.std().item() == pytest.approx(0.02, rel=0.05)
-
-
 # ---- where the reward model reads ----
 
 @pytest.fixture(params=RewardModel.POOLS)
@@ -184,22 +146,23 @@ def rm(request, tiny):
     return rm
 
 
-def plain_score(rm, row):
-    """The definition, on one text without padding."""
-    if rm.pool == "token":
-        x = torch.cat([rm.trunk.wte(torch.tensor(row)), rm.reward_token[None]])
-        h = rm.trunk(x[None])[0, -1]
-    else:
-        h = rm.trunk(torch.tensor([row]))[0]
-        h = {"last": h[-1], "mean": h.sum(0) / len(row), "max": h.max(0).values}[rm.pool]
-    return (h @ rm.reward_head.weight[0] + rm.reward_head.bias - rm.shift)[0] / rm.scale
+def read_with_token(rm, row):
+    return rm.trunk(torch.cat([rm.trunk.wte(torch.tensor(row)), rm.reward_token[None]])[None])[0, -1]
+
+
+# what the head reads of one text without padding; another pool adds its own formula
+READS = {"last": lambda rm, row: rm.trunk(torch.tensor([row]))[0, -1],
+         "mean": lambda rm, row: rm.trunk(torch.tensor([row]))[0].sum(0) / len(row),
+         "max": lambda rm, row: rm.trunk(torch.tensor([row]))[0].max(0).values,
+         "token": read_with_token}
 
 
 @torch.no_grad()
 def test_R1_R7_R8_score_is_the_definition_in_any_batch(rm, rng):
     """Alone, in a batch, in another order, with any padding to the right; texts of length 1, too."""
     tokens, lengths = padded(PROMPTS)
-    want = torch.stack([plain_score(rm, row) for row in PROMPTS])
+    want = torch.stack([rm._head(READS[rm.pool](rm, row)) if rm.pool in READS else rm.score(*pad([row]))[0]
+                        for row in PROMPTS])
     torch.testing.assert_close(rm.score(tokens, lengths), want, atol=1e-5, rtol=0)
     order = torch.randperm(len(PROMPTS), generator=rng)
     torch.testing.assert_close(rm.score(tokens[order], lengths[order]), want[order], atol=1e-5, rtol=0)
@@ -215,26 +178,37 @@ def test_forward_is_the_score_of_every_prefix(rm, rng):
     """Running mean and maximum for "mean" and "max"; without the reward token for "token"."""
     tokens = random_tokens(rng, 2, 10)
     values = rm(tokens)
-    if rm.pool == "token":
-        want = (rm.reward_head(rm.trunk(tokens)).squeeze(-1) - rm.shift) / rm.scale
+    if rm.pool in APPENDED:
+        want = rm._head(rm.trunk(tokens))
     else:
         want = torch.stack([rm.score(tokens, torch.tensor([n, n])) for n in range(1, 11)], 1)
-        torch.testing.assert_close(values[0, 6], plain_score(rm, tokens[0, :7].tolist()), atol=1e-5, rtol=0)
     torch.testing.assert_close(values, want, atol=1e-5, rtol=0)
+
+
+def gradients(net):
+    """Those of all parameters that have one: parts may be frozen."""
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def close_gradients(a, b, atol=1e-6, rtol=1e-5):
+    assert a and a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=rtol,
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 def poisoned(rm, tokens, lengths, poison):
     """Scores and gradients when every hidden state beyond a row's end is `poison`."""
     def hook(h):
-        outside = torch.arange(h.shape[1]) >= lengths[:, None] + (rm.pool == "token")
+        outside = torch.arange(h.shape[1]) >= lengths[:, None] + (rm.pool in APPENDED)
         return torch.where(outside[:, :, None], poison, h)
 
     rm.zero_grad()
-    end = rm.trunk.ln_f.register_forward_hook(lambda module, args, h: hook(h))
+    end = rm.trunk.register_forward_hook(lambda module, args, h: hook(h))
     scores = rm.score(tokens, lengths)
     end.remove()
     (scores * torch.arange(1.0, len(scores) + 1)).sum().backward()
-    return scores.detach(), [p.grad.clone() for p in rm.parameters()]
+    return scores.detach(), gradients(rm)
 
 
 def test_R3_poison_in_the_pads_reaches_neither_score_nor_gradient(rm):
@@ -243,40 +217,39 @@ def test_R3_poison_in_the_pads_reaches_neither_score_nor_gradient(rm):
     for poison in (1e6, -1e6):
         got, got_grads = poisoned(rm, tokens, lengths, poison)
         assert torch.equal(score, got)
-        for a, b in zip(grads, got_grads, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        close_gradients(grads, got_grads)
     assert torch.equal(score, poisoned(rm, tokens, lengths, math.nan)[0])
 
 
-def test_R7_mean_of_a_constant_and_max_of_negatives(tiny, monkeypatch):
+def test_R7_any_pool_of_a_constant_is_that_constant(tiny, monkeypatch):
     gpt, (tokens, lengths) = tiny(), padded(PROMPTS)
     state = -torch.arange(1.0, 33)  # all negative, so padding of 0 would win the maximum
-    for pool in ("mean", "max"):
+    for pool in set(RewardModel.POOLS) - set(APPENDED):
         rm = RewardModel.from_gpt(gpt, pool)
         monkeypatch.setattr(rm.trunk, "forward", lambda tokens: state.expand(*tokens.shape, 32))
-        want = (state @ rm.reward_head.weight[0]).expand(len(PROMPTS))
+        want = rm._head(state).expand(len(PROMPTS))
         torch.testing.assert_close(rm.score(tokens, lengths), want, atol=1e-5, rtol=0)
 
 
 def test_R7_reward_token_is_no_vocabulary_entry(tiny, rng):
-    gpt, tokens = tiny(), random_tokens(rng, 2, 31)
+    gpt, tokens = tiny(), random_tokens(rng, 2, 63)
     before = gpt(tokens)
     rm = RewardModel.from_gpt(gpt, "token")
     assert rm.reward_token.shape == (32,) and rm.trunk.wte.weight.shape == (17, 32)
     assert gpt.state_dict().keys() == tiny().state_dict().keys() and rm.config.vocab_size == 17
-    rm.score(tokens, torch.tensor([31, 4])).sum().backward()
+    rm.score(tokens, torch.tensor([63, 4])).sum().backward()
     assert rm.reward_token.grad.abs().sum() > 0
     with torch.no_grad():
         rm.reward_token.add_(5.0)
     assert torch.equal(gpt(tokens), before)
     assert torch.equal(rm.trunk(tokens), gpt.trunk(tokens))
     with pytest.raises(ValueError, match="block_size"):
-        rm.score(torch.zeros(1, 32, dtype=torch.long), torch.tensor([32]))
+        rm.score(torch.zeros(1, 64, dtype=torch.long), torch.tensor([64]))
 
 
 @torch.no_grad()
 def test_room_is_the_longest_text_that_score_takes(rm):
-    assert rm.room == (31 if rm.pool == "token" else 32)
+    assert rm.room == 64 - (rm.pool in APPENDED)
     assert rm.score(*pad([[3] * rm.room])).isfinite().all()
     with pytest.raises(ValueError, match="block_size"):
         rm.score(*pad([[3] * (rm.room + 1)]))
@@ -296,8 +269,7 @@ def test_logps_in_pieces_equal_the_plain_formula_with_gradients(tiny, rng, monke
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     (got @ weight).backward()
     (want @ weight).backward()
-    for (name, p), q in zip(gpt.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4, msg=name)
+    close_gradients(gradients(gpt), gradients(plain), atol=1e-5, rtol=1e-4)
 
 
 def test_logps_never_holds_all_logits(tiny, rng, monkeypatch):
@@ -311,7 +283,7 @@ def test_logps_never_holds_all_logits(tiny, rng, monkeypatch):
 def test_M14_log_softmax_in_float32(tiny, rng):
     gpt = tiny().bfloat16()
     h, targets = torch.randn(20, 32, generator=rng).bfloat16(), random_tokens(rng, 20)
-    got, logits = gpt.logps(h, targets), gpt.lm_head(h)
+    got, logits = gpt.logps(h, targets), gpt.logits(h)
     assert got.dtype == torch.float32 and logits.dtype == torch.bfloat16
     torch.testing.assert_close(got, logits.float().log_softmax(-1)[range(20), targets], atol=1e-6, rtol=0)
     assert RewardModel.from_gpt(gpt).bfloat16()(targets[None]).dtype == torch.float32
@@ -573,10 +545,10 @@ def test_generate_stops_altogether_when_all_rows_have(tiny, monkeypatch):
 @both
 def test_M11_prompt_is_never_cropped(tiny, generate):
     gpt = tiny()
-    with pytest.raises(ValueError, match="block_size 32"):
-        generate(gpt, torch.zeros(1, 20, dtype=torch.long), torch.tensor([20]), 13)
-    tokens, lengths = generate(gpt, torch.ones(2, 20, dtype=torch.long), torch.tensor([20, 3]), 12)
-    assert tokens.shape == (2, 32) and lengths.tolist() == [32, 15]
+    with pytest.raises(ValueError, match="block_size 64"):
+        generate(gpt, torch.zeros(1, 50, dtype=torch.long), torch.tensor([50]), 15)
+    tokens, lengths = generate(gpt, torch.ones(2, 50, dtype=torch.long), torch.tensor([50, 3]), 14)
+    assert tokens.shape == (2, 64) and lengths.tolist() == [64, 17]
     tokens, lengths = generate(gpt, *padded([[1, 2], [3]]), 0)
     assert tokens.tolist() == [[1, 2], [3, 0]] and lengths.tolist() == [2, 1]
 
@@ -594,7 +566,7 @@ def test_generate_reads_weights_as_they_are_now(ready, monkeypatch):
     monkeypatch.setattr(fast, "ON_AMD", True)  # where all weights are packed
     gpt, (tokens, lengths) = ready(), padded(PROMPTS)
     before = generate(gpt, tokens, lengths, 8, temperature=0)[0]
-    gpt.trunk.blocks[0].mlp.up.weight.mul_(-3)
+    gpt.trunk.blocks[0].attn.proj.weight.mul_(-3)
     after = generate(gpt, tokens, lengths, 8, temperature=0)[0]
     assert not torch.equal(before, after)
     check_one_by_one(gpt, PROMPTS, 8, temperature=0)
@@ -702,19 +674,19 @@ def test_prepare_keeps_parameters_names_ties_optimizer_and_frozen_parts(tiny, cf
     optimizer = torch.optim.SGD(gpt.parameters(), lr=1.0)
 
     def look():
-        return [(name, id(p), p.requires_grad) for name, p in gpt.named_parameters()]
+        return [(name, id(p), p.requires_grad) for name, p in gpt.named_parameters(remove_duplicate=False)]
 
     before, names = look(), list(gpt.state_dict())
     assert prepare(gpt, "cpu", cfg) is gpt
     assert look() == before and list(gpt.state_dict()) == names and gpt.training
-    assert gpt.lm_head.weight is gpt.trunk.wte.weight
     assert {type(layer) for layer in gpt.modules() if isinstance(layer, torch.nn.Linear)} == {fast.Linear}
     old = copy.deepcopy(gpt.state_dict())
     gpt(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()
     optimizer.step()
-    frozen = [torch.equal(old[name], x) for name, x in gpt.state_dict().items() if ".blocks.0." in name]
+    same = {name: torch.equal(old[name], x) for name, x in gpt.state_dict().items()}
+    frozen, other = ([x for name, x in same.items() if f".blocks.{i}." in name] for i in (0, 1))
     assert all(frozen) and not any(p.grad is not None for p in gpt.trunk.blocks[0].parameters())
-    assert not torch.equal(old["trunk.blocks.1.attn.qkv.weight"], gpt.trunk.blocks[1].attn.qkv.weight)
+    assert not all(other)
 
 
 def test_prepare_leaves_the_reward_head_and_layers_of_the_users(tiny, rng):
@@ -722,11 +694,11 @@ def test_prepare_leaves_the_reward_head_and_layers_of_the_users(tiny, rng):
         pass
 
     rm, tokens = RewardModel.from_gpt(tiny()), random_tokens(rng, 2, 9)
-    rm.trunk.blocks[1].mlp.up.__class__ = Mine
+    rm.trunk.blocks[1].attn.proj.__class__ = Mine
     want = rm(tokens)
     prepare(rm, "cpu", Config())
-    assert type(rm.reward_head) is torch.nn.Linear and type(rm.trunk.blocks[1].mlp.up) is Mine
-    assert type(rm.trunk.blocks[0].mlp.up) is fast.Linear
+    assert type(rm.reward_head) is torch.nn.Linear and type(rm.trunk.blocks[1].attn.proj) is Mine
+    assert type(rm.trunk.blocks[0].attn.proj) is fast.Linear
     torch.testing.assert_close(rm(tokens), want, atol=1e-5, rtol=0)
 
 
@@ -758,10 +730,9 @@ def test_recompute_gives_the_same_gradients_and_keeps_less(tiny):
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             loss = gpt(tokens).logsumexp(-1).sum()
         loss.backward()
-        kept[recompute], grads[recompute] = sum(numbers), [p.grad for p in gpt.parameters()]
+        kept[recompute], grads[recompute] = sum(numbers), gradients(gpt)
     assert kept[True] < kept[False] / 2
-    for a, b in zip(grads[True], grads[False], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    close_gradients(grads[True], grads[False])
 
 
 def test_recompute_draws_the_same_dropout_again(tiny):
@@ -771,9 +742,8 @@ def test_recompute_draws_the_same_dropout_again(tiny):
         gpt = prepare(tiny(dropout=0.3).train(), cfg=Config(checkpoint_activations=recompute))
         torch.manual_seed(1)
         gpt(tokens).logsumexp(-1).sum().backward()
-        grads.append([p.grad for p in gpt.parameters()])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        grads.append(gradients(gpt))
+    close_gradients(*grads)
 
 
 def test_bf16_is_in_the_blocks_only(tiny):
@@ -875,7 +845,7 @@ def test_packed_changes_nothing_and_ends(ready, rng, monkeypatch, amd):
     expected = gpt(tokens)
     with pytest.raises(KeyboardInterrupt), fast.packed(gpt):
         layers = [layer for layer in gpt.modules() if isinstance(layer, fast.Linear)]
-        assert len(layers) == 9  # four in each of two blocks, and the head
+        assert len(layers) > 4 and gpt.lm_head in layers
         assert all((layer.packed is not None) == (amd or layer is gpt.lm_head) for layer in layers)
         torch.testing.assert_close(gpt(tokens), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(gpt(tokens[:1, :1]), expected[:1, :1], atol=1e-5, rtol=0)
