@@ -410,7 +410,7 @@ def test_fast_generation_draws_the_tokens_of_the_naive_one(tiny, kept, how):
         assert equal(naive, generate(gpt, *batch, new, generator=other, **how))
         assert torch.equal(one.get_state(), other.get_state())
         assert naive[0].shape[1] == int(naive[1].max()) and (naive[1] <= batch[1] + new).all()
-    assert bool(kept) == ("eos" in how)
+    assert "eos" in how or not kept
 
 
 class GroupedAttention(model.Attention):
@@ -454,7 +454,7 @@ def test_the_cache_takes_what_a_layer_gives_it(tiny, kept, monkeypatch, fixed, l
     kept.clear()
     cache = Cache(2, 9, "cpu")
     gpt.trunk(torch.ones(2, 5, dtype=torch.long), cache)
-    assert [x.shape for x in cache.buffers()] == [(2,), *shapes * 2]
+    assert [x.shape for x in cache.buffers()][-len(shapes) :] == shapes  # of the last layer
     monkeypatch.setattr(lib.generate, "fixed_steps", lambda gpt: fixed)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     naive, quick = (generate(gpt, *padded(PROMPTS), 20, eos=3, temperature=3.0, generator=gen(1))
@@ -644,8 +644,8 @@ def test_M8_cache_equals_full_forward_at_every_position(tiny, rng, chunks):
     want = [gpt.trunk(torch.cat([tokens[i, :n], more[i]])[None])[0, n:] for i, n in enumerate(lengths)]
     cache = Cache(B, P + sum(chunks), "cpu")
     cache.expect(lengths)
-    prefill = gpt.trunk(tokens, cache)
-    torch.testing.assert_close(prefill, gpt.trunk(tokens), atol=1e-4, rtol=0)
+    real = torch.arange(P) < lengths[:, None]
+    torch.testing.assert_close(gpt.trunk(tokens, cache)[real], gpt.trunk(tokens)[real], atol=1e-4, rtol=0)
     got = torch.cat([gpt.trunk(part, cache) for part in more.split(chunks, 1)], 1)
     torch.testing.assert_close(got, torch.stack(want), atol=1e-4, rtol=0)
     assert cache.length.tolist() == [n + sum(chunks) for n in lengths]
