@@ -27,7 +27,7 @@ import torch
 from data.examples import encode_demonstrations, open_data, open_prompts, pad, prompt_room, response_mask
 from data.records import read_sft
 from data.split import read_training
-from lib.checks import check_start
+from lib.checks_rm import check_start
 from lib.common import Cycle, clip_and_step, finite, masked_mean, micro_batches
 from lib.fast import in_pieces
 from lib.flags import Shared, bounded, cli, pick_device

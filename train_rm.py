@@ -21,7 +21,8 @@ from data.files import UserError
 from data.records import read_preferences, read_prompts
 from data.split import read_split
 from lib.checkpoint import load, load_tokenizer
-from lib.checks import check_model, check_scores
+from lib.checks import check_model
+from lib.checks_rm import check_scores
 from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
 from lib.fast import prepare
 from lib.flags import Shared, bounded, cli, pick_device
