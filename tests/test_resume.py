@@ -27,7 +27,7 @@ if not sys.platform.startswith("linux"):
 
 from helpers import make_data
 
-import lib.checks
+import lib.checks_rm
 import ppo
 import train_rm
 import train_sft
@@ -114,7 +114,7 @@ def stop_at(step, number):
 
 def serve():
     import torch._dynamo  # an optimizer imports it at its first step, which takes a second
-    for module in (train_sft, train_rm, lib.checks):  # kills are to fall into the training
+    for module in (train_sft, train_rm, lib.checks_rm):  # kills are to fall into the training
         module.check_model = lambda gpt: None
     torch.set_num_threads(1)
     for line in sys.stdin:
