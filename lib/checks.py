@@ -203,8 +203,8 @@ def check_cache(gpt, tokens):
         if P > 1 and not far(got[0], want[0]):
             why = ("but only behind padding: does a state take in the padding of shorter prompts, or is a "
                    "position that in the batch?")
-        refuse(far(got[real], want[real]), f"{how}, what the KV cache gives is not what the whole text gives, "
-               + why)
+        refuse(far(got[real], want[real]), f"{how}, what the KV cache gives is not what the whole text "
+               f"gives, {why}")
         refuse(n == 1 and far(read(n, how, twin)[0], got), "of two texts that are read in turn, each with a "
                "KV cache, one changes the other: a layer keeps in itself what belongs in `seen`")
 

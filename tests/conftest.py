@@ -3,6 +3,9 @@ import pytest
 import torch
 from helpers import TINY, gen
 
+import train_rm
+import train_sft
+from lib import checks_rm
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)
@@ -19,6 +22,15 @@ def tiny():
                 p.copy_(0.3 * torch.randn_like(p) + (p if p.dim() < 2 else 0))
         return gpt
     return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_start(request):
+    """The self-check of the network takes half a second: its own tests run it, and the real pipeline."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in () if request.module.__name__ == "test_checks" else (train_sft, train_rm, checks_rm):
+            patch.setattr(module, "check_model", lambda gpt: None)
+        yield
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from helpers import CPU, PPO, SIZES, gpt_config, make_data
 
 import lib.checkpoint
+import lib.checks_rm
 import lib.generate
 import model
 import ppo
@@ -256,6 +257,7 @@ def test_how_near_to_1_the_ratio_must_be_before_ppo_starts(monkeypatch, how, lim
         return logps(self, h, targets, **how) + (offset if torch.is_grad_enabled() else 0)
 
     hack(monkeypatch, GPT, "logps", shifted)
+    monkeypatch.setattr(lib.checks_rm, "check_model", lambda gpt: None)
     gpt = GPT(gpt_config(11, 16, 1, 2, 16)).eval()
     cfg, models = ppo.Config(max_new_tokens=8, **how), toy_models(gpt, RewardModel.from_gpt(gpt))
     by = types.SimpleNamespace()
@@ -267,7 +269,7 @@ def test_how_near_to_1_the_ratio_must_be_before_ppo_starts(monkeypatch, how, lim
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("block_size", [2, 3, 5, 40])
+@pytest.mark.parametrize("block_size", [2, *(pytest.param(T, marks=pytest.mark.slow) for T in (3, 5, 40))])
 def test_sound_models_pass_whatever_their_size(dropout, block_size):
     """Plain layers, or those of this CPU."""
     gpt = GPT(gpt_config(11, block_size, 2, 2, 16, dropout))

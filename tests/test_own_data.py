@@ -116,6 +116,7 @@ def run_ppo(folder, out, **more):
                            "rm": str(folder / "b/rm.pt"), **PPO, "show": 0} | more))
 
 
+@pytest.mark.slow
 def test_val_fraction_in_all_three_scripts(tmp_path, capsys):
     make_data(tmp_path / "data", n=120)
     for path in (tmp_path / "data").glob("*_val.jsonl"):
@@ -134,6 +135,7 @@ def test_val_fraction_in_all_three_scripts(tmp_path, capsys):
     assert held and all(held_out(prompt, 0.2) for prompt in held)
 
 
+@pytest.mark.slow
 def test_sft_and_rm_are_read_where_they_are(made, tmp_path):
     assert not (made / "b/sft.pt").exists()
     run_ppo(made, tmp_path / "c")
@@ -151,6 +153,7 @@ def test_sft_and_rm_are_read_where_they_are(made, tmp_path):
         run_ppo(made, tmp_path / "f", rm=str(made / "a/sft.pt"))
 
 
+@pytest.mark.slow
 def test_sft_and_rm_are_inputs_of_the_run(made, tmp_path, monkeypatch):
     stop = type("Stop", (Exception,), {})
 
@@ -193,6 +196,7 @@ def test_rm_beside_reward_is_refused():
     check_pairs(ppo.Config(rm="rm.pt"))
 
 
+@pytest.mark.slow
 def test_samples_hold_every_held_out_response_before_and_after(made, tmp_path):
     run_ppo(made, tmp_path, judge=str(made / "b/rm.pt"))
     rows = lines(tmp_path / "ppo.samples.jsonl")
@@ -221,6 +225,7 @@ def test_samples_with_gold_and_raw_and_of_fewer_prompts(made, tmp_path, monkeypa
         assert row["gold"] == len(row["response"]) and row["raw"] == pytest.approx(len(row["response"]) / 9)
 
 
+@pytest.mark.slow
 def test_samples_move_with_their_generation(made, tmp_path):
     for seed in (1, 2):
         run_ppo(made, tmp_path, seed=seed, updates=1)
