@@ -23,14 +23,13 @@ FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
 TEXT = """# Wrong edits of model.py
 
 Made by `python runs/wrong_hacks.py > hacks/wrong/README.md`. Apply one: `git apply hacks/wrong/NAME.patch`.
-The self-check runs before the first step of every script, each wrong edit is refused there, and nothing is
-trained. Below: its sentence, the seconds until it came, and the first test of `pytest tests/test_model.py -x`
-that fails.
+The self-check refuses each before the first step, and nothing is trained. Below: its sentence, the scripts that
+say it, the seconds until then; the first test of `pytest tests/test_model.py -x` that fails, and its seconds.
 """
 
 
 def self_check(report):
-    """What the scripts do before their first step, and what came of it as JSON."""
+    """What the scripts do before their first step."""
     import torch
 
     from data.files import UserError
@@ -41,11 +40,11 @@ def self_check(report):
 
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    start, where, said = time.monotonic(), "all scripts", "nothing"
+    start, where, said = time.monotonic(), "all three scripts", "nothing"
     try:
         gpt = GPT(GPTConfig(vocab_size=1024, block_size=128, n_layer=4, n_head=4, d_model=128))
         check_model(prepare(gpt))
-        where = "reward model, PPO"
+        where = "train_rm.py and ppo.py"
         for pool in RewardModel.POOLS:
             check_scores(prepare(RewardModel.from_gpt(gpt, pool)))
     except UserError as error:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import CPU, PPO, SIZES, gpt_config, make_data
 
 import lib.checkpoint
@@ -115,6 +116,56 @@ def other_steps(forward, self, x, seen, look):
     return forward(self, x, seen, look) * (1 if seen.whole or x.shape[1] > 1 else 1.01)
 
 
+def limits_its_weights(forward, self, x):
+    with torch.no_grad():
+        self.up.weight.renorm_(2, 0, 30.0)
+    return forward(self, x)
+
+
+def stays_in_eval_mode(forward, self, x):
+    self.eval()
+    return forward(self, x)
+
+
+def counts_calls_in_training(forward, self, x):
+    self.calls = getattr(self, "calls", 0) + self.training
+    return forward(self, x) * (1 + self.calls / 100)
+
+
+def more_with_gradients(forward, self, x):
+    return forward(self, x) * (1.01 if torch.is_grad_enabled() else 1)
+
+
+def looks_ahead_in_pairs(forward, self, x, *rest):
+    return looks_ahead(forward, self, x, *rest) if x.shape[1] == 2 else forward(self, x, *rest)
+
+
+def frozen_as_it_was(forward, self, x):
+    self.first = getattr(self, "first", None) or [self.up.weight.detach().clone()]
+    return F.linear(x, self.first[0]) @ self.proj.weight.T
+
+
+def through_data(forward, self, x):
+    return self.proj(F.gelu(F.linear(x, self.up.weight.data, self.up.bias)))
+
+
+def keeps_the_last_token(forward, self, x, seen, look):
+    before = torch.zeros_like(x[:, :1]) if seen.whole else self.last
+    self.last = x.gather(1, (seen.real.sum(1) - 1).expand(len(x))[:, None, None].expand(-1, 1, x.shape[2]))
+    return forward(self, x, seen, look) + torch.cat([before, x[:, :-1]], 1)
+
+
+def takes_in_padding(forward, self, x, seen, look):
+    before = torch.zeros_like(x[:, :1]) if seen.whole else seen.read(f"last{self.layer}")
+    before = torch.cat([before, x[:, :-1]], 1)
+    seen.write(f"last{self.layer}", x[:, -1:])
+    return forward(self, x, seen, look) + before
+
+
+def fails_with_a_cache(forward, self, x, seen, look):
+    return forward(self, x, seen, look if seen.whole else look[..., 1:])
+
+
 CHANGES = [
     (model.Attention, "forward", looks_ahead, "not causal"),
     (model.MLP, "forward", sees_the_batch, "rows of a batch see each other"),
@@ -126,6 +177,21 @@ CHANGES = [
     (model.MLP, "forward", always_drops, "the same text twice gives two results"),
     (model.MLP, "forward", carries_over, "the same text twice gives two results"),
     (model.MLP, "forward", wears_out, "a forward pass changes weights"),
+    (model.MLP, "forward", limits_its_weights, "a forward pass changes weights"),
+    (model.MLP, "forward", stays_in_eval_mode, "in training mode puts layers into eval mode"),
+    (model.MLP, "forward", counts_calls_in_training, "in training mode the same text twice gives two"),
+    (model.MLP, "forward", more_with_gradients, "others where gradients are needed"),
+    (model.Attention, "forward", looks_ahead_in_pairs, "not causal"),
+    (model.MLP, "forward", frozen_as_it_was, "what a call made of them is kept"),
+    (model.MLP, "forward", through_data, "something is detached"),
+    (model.Attention, "forward", keeps_the_last_token, "read in turn.*keeps in itself what belongs in"),
+    (model.Attention, "forward", takes_in_padding, "only behind padding"),
+    (model.Attention, "forward", fails_with_a_cache, "read one by one, model.py fails with the KV cache"),
+    (GPT, "logits", lambda logits, self, h: logits(self, h).bfloat16().float(), "rounded to bfloat16"),
+    (GPT, "logps", lambda logps, self, h, targets, temperature: logps(self, h, targets),
+     "GPT.logps does not"),
+    (model.RewardModel, "__init__", lambda make, self, trunk, pool="last": make(
+        self, trunk.requires_grad_() and type(trunk)(trunk.config), pool), "from_gpt changes the trunk"),
     (model.Trunk, "forward", in_place, "the tensor that it is given in place"),
     (model.MLP, "forward", rounds, "rounded to bfloat16"),
     (model.MLP, "forward", detaches, "something is detached"),
@@ -217,8 +283,13 @@ def test_sft_trains_in_train_mode_after_its_self_check(made, monkeypatch, tmp_pa
     (RewardModel, "forward",
      lambda forward, self, tokens: forward(self, tokens) + self.trunk.wte(tokens).sum(-1),
      "the reward head reads something else"),
+    (RewardModel, "score", lambda score, self, tokens, n: score(self, tokens, (n - 1).clamp(min=1)),
+     "does not depend on the text's last token"),
+    (RewardModel, "_head", lambda head, self, h: head(self, h).roll(1, -1) if h.dim() > 2 else head(self, h),
+     "does not depend on the text's last token|later token, or not on its own"),
+    (RewardModel, "forward", lambda forward, self, tokens: forward(self.eval(), tokens), "into eval mode"),
     (model.MLP, "forward", always_drops, "another one when asked for again")],
-    ids=["rows", "length", "embedding", "random"])
+    ids=["rows", "length", "embedding", "early", "shifted", "eval", "random"])
 def test_scores_are_checked(tiny, monkeypatch, pool, owner, name, change, why):
     rm = RewardModel.from_gpt(tiny(), pool).eval()
     check_scores(rm)
