@@ -46,6 +46,11 @@ def read_prompts(path, skip_bad=False):
     return _read(path, "prompts", _only_prompt, skip_bad)
 
 
+def check_line(row, kind):
+    """UserError: the scripts would refuse this line of sft, preferences or prompts (`kind`)."""
+    {"sft": _demonstration, "preferences": _preference, "prompts": _only_prompt}[kind](row)
+
+
 def _read(path, kind, parse, skip_bad):
     """[parse(object)] of a JSONL file. UserError: unreadable, no examples, or a bad line without skip_bad."""
     path = Path(path)

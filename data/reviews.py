@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data import lists
 from data.convert import finish, flags, write
 from data.download import download
 from data.files import UserError
@@ -149,39 +150,21 @@ def half(text):
 
 def demonstrations(sentences):
     """The first 2 to 5 words -> the rest; sentences of one or two words are dropped."""
-    for text, words in [(s.text, s.text.split()) for s in sentences]:
-        if len(words) > 2:
-            n = 2 + int(draw(text, "prompt") * min(4, len(words) - 2))
-            yield {"prompt": " ".join(words[:n]), "completion": " " + " ".join(words[n:])}
+    for s in sentences:
+        if parts := lists.first_words(s.text, draw(s.text, "prompt")):
+            yield dict(zip(("prompt", "completion"), parts, strict=True))
 
 
 def rankings(sentences):
-    """Pairs and longer lists, best first; equal means share a rank. Dropped: lists in which all means
-    are equal, as they teach nothing, and a remainder of one or three sentences."""
-    rng = random.Random(SEED)
-    for _ in range(LISTS_EACH):
-        pool = rng.sample(sentences, len(sentences))
-        while pool:
-            size = 2 if rng.random() < PAIR_SHARE else rng.randint(4, 9)
-            some, pool = sorted(pool[:size], key=lambda s: -s.mean), pool[size:]
-            gold = [s.mean for s in some]
-            levels = sorted(set(gold), reverse=True)
-            if len(levels) > 1 and len(some) != 3:
-                tied = len(levels) < len(some)
-                yield {"prompt": "", "responses": [s.text for s in some], "gold": gold} | (
-                    {"ranks": [levels.index(g) for g in gold]} if tied else {})
+    """Pairs and longer lists, best first; see data/lists.py."""
+    def size(rng):
+        return 2 if rng.random() < PAIR_SHARE else rng.randint(4, 9)
+    return lists.rankings(sentences, LISTS_EACH, size, random.Random(SEED))
 
 
 def random_pairs(sentences, count=VAL_PAIRS):
     """Up to count distinct random pairs (better, worse) of sentences whose means differ."""
-    rng, pairs = random.Random(SEED), {}
-    for _ in range(10 * count if len(sentences) > 1 else 0):
-        b, a = sorted(rng.sample(sentences, 2), key=lambda s: s.mean)
-        if a.mean > b.mean:
-            pairs[a.text, b.text] = (a, b)
-        if len(pairs) == count:
-            break
-    return list(pairs.values())
+    return lists.random_pairs(sentences, count, SEED)
 
 
 # ---- how well people agree ----

@@ -8,10 +8,15 @@ import hashlib
 from data.files import UserError, printable
 
 
-def held_out(text, share):
-    """Whether the text belongs to the share (0 to 1) that is held out; case and spacing are ignored."""
+def place(text):
+    """A number in [0, 1) that the text alone determines; case and spacing are ignored."""
     key = " ".join(text.casefold().split())
-    return int(hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:12], 16) / 16**12 < share
+    return int(hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:12], 16) / 16**12
+
+
+def held_out(text, share):
+    """Whether the text belongs to the share (0 to 1) that is held out."""
+    return place(text) < share
 
 
 def read_split(read, path, cfg):
