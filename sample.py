@@ -3,6 +3,7 @@
     python sample.py --ckpt out/ppo.pt --reward out/rm.pt "Tell a story about a fox and a lantern."
     python sample.py --ckpt out/sft.pt --reward out/rm.pt --best-of 16 "Tell a story about ..."
     python sample.py --ckpt out/ppo.pt            # no prompt: line by line
+    python sample.py --ckpt out/ppo.pt --prompts my_folder/prompts_val.jsonl --to answers.jsonl
 
 Without a prompt each line that is typed is one. Ctrl-C stops an answer; Ctrl-C at the prompt, Ctrl-D or an
 empty line ends the loop. A model that was trained on messages takes each line as a turn of the user and
@@ -12,13 +13,14 @@ import argparse
 import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from data.examples import encode_prompt, pad, prompt_room
-from data.files import UserError
-from data.records import ANSWER, QUESTION, text_of
-from lib.common import load, load_tokenizer
+from data.files import Progress, UserError
+from data.records import ANSWER, QUESTION, read_prompts, text_of
+from lib.checkpoint import load, load_tokenizer, write, write_lines
 from lib.fast import prepare
 from lib.flags import one_sentence, pick_device
 from lib.generate import generate
@@ -63,24 +65,42 @@ def score(rm, tokens, lengths):
         return rm.score(tokens[:, : rm.room], lengths.clamp(max=rm.room))
 
 
-def answer(prompt, gpt, rm, tokenizer, args, generator, chat=False):
-    """Print the responses to one prompt, best score first; with --best-of only the best. Returns the first
-    one's text. chat: the prompt is a conversation, and a response is one turn of it."""
+def answers(prompt, gpt, rm, tokenizer, args, generator, chat=False):
+    """The responses to one prompt, [(text, whether it ended, score)], best score first, and all scores; with
+    --best-of only the best. chat: the prompt is a conversation, and a response is one turn of it."""
     tokens, lengths, P = respond(gpt, tokenizer, prompt, args, generator, rm)
     if chat:
         tokens, lengths = one_turn(tokens, lengths, P, tokenizer)
     scores = score(rm, tokens, lengths) if rm else torch.zeros(len(tokens))
     order = scores.argsort(descending=True).tolist() if rm else list(range(len(tokens)))
+    return [(tokenizer.decode(tokens[i, P : lengths[i]].tolist()),
+             bool(tokens[i, lengths[i] - 1] == tokenizer.eos), scores[i].item())
+            for i in order[: 1 if args.best_of else None]], scores
+
+
+def answer(prompt, gpt, rm, tokenizer, args, generator, chat=False):
+    """Print the responses to one prompt; returns the first one's text."""
+    found, scores = answers(prompt, gpt, rm, tokenizer, args, generator, chat)
     if args.best_of:
         print(f"[best of {args.best_of}; scores {scores.min():.2f} to {scores.max():.2f}, "
               f"mean {scores.mean():.2f}]")
-        order = order[:1]
-    texts = [tokenizer.decode(tokens[i, P : lengths[i]].tolist()) for i in order]
-    for i, text in zip(order, texts, strict=True):
-        ended = "" if tokens[i, lengths[i] - 1] == tokenizer.eos else " [...]"
-        mark = f"[{scores[i]:+.2f}]" if rm else ">>"
-        print(f"{mark}{text}{ended}\n", flush=True)
-    return texts[0]
+    for text, ended, score in found:
+        mark = f"[{score:+.2f}]" if rm else ">>"
+        print(f"{mark}{text}{'' if ended else ' [...]'}\n", flush=True)
+    return found[0][0]
+
+
+def answer_file(gpt, rm, tokenizer, args, generator, chat):
+    """Write the responses to all --prompts as JSONL, which tools.score reads."""
+    prompts, rows = read_prompts(args.prompts), []
+    with Progress() as progress:
+        for i, prompt in enumerate(prompts):
+            progress(f"{i} of {len(prompts)} prompts answered")
+            found, _ = answers(prompt, gpt, rm, tokenizer, args, generator, chat)
+            rows += [{"prompt": prompt, "response": text, "eos": float(ended)} | ({"score": x} if rm else {})
+                     for text, ended, x in found]
+    write(Path(args.to), rows, save=write_lines)
+    print(f"{len(rows)} responses to {len(prompts)} prompts written to {args.to}")
 
 
 # ---- conversations ----
@@ -158,12 +178,14 @@ def read_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", help="text to continue; without it, what is typed")
+    parser.add_argument("--prompts", metavar="FILE", help="answer the prompts of this JSONL file instead")
+    parser.add_argument("--to", metavar="FILE", help="where to write those answers; must not exist")
     parser.add_argument("--ckpt", default="out/ppo.pt", help="language model (default %(default)s)")
     parser.add_argument("--reward", help="reward model that scores each response, e.g. out/rm.pt")
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction,
                         help="take each prompt as a user's turn in a conversation (default: if the model was "
                              "trained on messages)")
-    parser.add_argument("--n", type=int, help="responses to print (default 3, in a conversation 1)")
+    parser.add_argument("--n", type=int, help="responses (default 3; in a conversation and with --prompts 1)")
     parser.add_argument("--best-of", type=int, default=0,
                         help="sample this many, print the one with the best score")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 = greedy (default 1)")
@@ -179,6 +201,10 @@ def read_args():
 
 def check(args):
     """Numbers that make no sense are the user's mistake, not a traceback."""
+    if bool(args.prompts) != bool(args.to) or args.prompts and args.prompt is not None:
+        raise UserError("--prompts FILE and --to FILE belong together, and take the place of a prompt")
+    if args.to and os.path.lexists(args.to):
+        raise UserError(f"{args.to} already exists; choose another name")
     if args.best_of and not args.reward:
         raise UserError("--best-of needs a reward model: --reward out/rm.pt")
     if not (1 <= (args.n or 1) <= 10**6 and args.n != 0 and args.max_new_tokens >= 1
@@ -197,11 +223,14 @@ def main(args):
     device = pick_device(args.device)
     gpt, tokenizer, rm = load(GPT, args.ckpt), load_tokenizer(args.ckpt), None
     chat = takes_turns(gpt, args)
-    args.n = args.n or (1 if chat else 3)
+    args.n = args.n or (1 if chat or args.prompts else 3)
     if args.reward:
         rm = prepare(load_reward_model(args.reward, gpt, tokenizer), device)
     prepare(gpt, device)
     generator = torch.Generator(device).manual_seed(args.seed)
+    if args.prompts:
+        answer_file(gpt, rm, tokenizer, args, generator, chat)
+        return
     if args.prompt is None:
         talk(gpt, rm, tokenizer, args, generator, chat)
         return

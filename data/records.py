@@ -46,6 +46,12 @@ def read_prompts(path, skip_bad=False):
     return _read(path, "prompts", _only_prompt, skip_bad)
 
 
+def read_responses(path, skip_bad=False):
+    """[(line, prompt, responses, ranks)] of sft.jsonl, preferences.jsonl, or lines with a "response"; of a
+    single response the ranks are None."""
+    return _read(path, None, _responses, skip_bad)
+
+
 def check_line(row, kind):
     """UserError: the scripts would refuse this line of sft, preferences or prompts (`kind`)."""
     {"sft": _demonstration, "preferences": _preference, "prompts": _only_prompt}[kind](row)
@@ -69,7 +75,7 @@ def _read(path, kind, parse, skip_bad):
         try:
             row = {name: value for name, value in json_object(line).items() if value is not None}
             examples.append(parse(row))
-            ignored.update(columns.ignored(row, kind))
+            ignored.update(columns.ignored(row, kind) if kind else ())
         except UserError as error:
             if not skip_bad:
                 raise UserError(f"{path}:{number}: {error} (--skip-bad skips such lines)") from None
@@ -186,6 +192,17 @@ def _demonstration(row):
     _check(row, "sft", prompt, [completion],
            'the completion; remove it there, or give the whole as "text" without a prompt')
     return prompt, completion
+
+
+def _responses(row):
+    if "response" in row:
+        prompt, response = _prompt({"prompt": ""} | row), _response(row, "response")
+        check_text(prompt + response)
+        return row, prompt, [response], None
+    kind = "preferences" if {"chosen", "responses"} & row.keys() else "sft"
+    known = {name: row[name] for name in columns.READ[kind] if name in row}
+    prompt, responses, *more = (_preference if kind == "preferences" else _demonstration)(known)
+    return (row, prompt, responses, more[0]) if more else (row, prompt, [responses], None)
 
 
 def _text(row):

@@ -8,7 +8,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from helpers import BYTES, PPO, ROOT, SIZES, gen, jsonl, make_data, tiny_gpt
+from helpers import BYTES, PPO, ROOT, SIZES, gen, jsonl, lines, make_data, tiny_gpt
 
 import ppo
 import sample
@@ -23,8 +23,8 @@ from model import GPT, RewardModel
 pytestmark = pytest.mark.slow
 
 LOOP = [sys.executable, str(ROOT / "sample.py"), "--device", "cpu", "--n", "1", "--ckpt"]
-ARGS = {"prompt": None, "ckpt": "", "reward": None, "chat": None, "n": None, "best_of": 0, "temperature": 1.0,
-        "top_k": None, "top_p": None, "max_new_tokens": 16, "seed": 1, "device": "cpu"}
+ARGS = {"prompt": None, "prompts": None, "to": None, "ckpt": "", "reward": None, "chat": None, "n": None,
+        "best_of": 0, "temperature": 1.0, "top_k": None, "top_p": None, "max_new_tokens": 16, "seed": 1, "device": "cpu"}
 
 
 def args_of(**changed):
@@ -71,6 +71,43 @@ def scripted(monkeypatch):
 
 def run(path, *flags, typed=b"", **how):
     return subprocess.run([*LOOP, path, *flags], input=typed, capture_output=True, **how)
+
+
+# ---- a file of prompts ----
+
+def test_a_file_of_prompts_is_answered_into_a_file(checkpoint, scripted, tmp_path, capsys):
+    path, prompts = checkpoint(), [f"prompt {i}:" for i in range(5)]
+    save(tmp_path / "rm.pt", RewardModel.from_gpt(load(GPT, path)), BYTES)
+    jsonl(tmp_path / "p.jsonl", [{"prompt": prompt} for prompt in prompts])
+    how = {"ckpt": path, "prompts": str(tmp_path / "p.jsonl")}
+    for n, more, each in ((1, {}, 1), (2, {"n": 2, "reward": str(tmp_path / "rm.pt")}, 2),
+                          (3, {"best_of": 4, "reward": str(tmp_path / "rm.pt")}, 1)):
+        sample.main(args_of(**how, **more, to=str(tmp_path / f"{n}.jsonl")))
+        rows = lines(tmp_path / f"{n}.jsonl")
+        assert [row["prompt"] for row in rows] == [prompt for prompt in prompts for _ in range(each)]
+        assert all(len(row["response"]) > 0 and row["eos"] in (0, 1) for row in rows)
+        assert all(("score" in row) == ("reward" in more) for row in rows)
+        assert f"{5 * each} responses to 5 prompts written" in capsys.readouterr().out
+    two = lines(tmp_path / "2.jsonl")
+    assert all(a["score"] >= b["score"] for a, b in zip(two[::2], two[1::2], strict=True))
+    seen = scripted([], ["one", "two", "three", "four", "five"])
+    sample.main(args_of(**how, reward=str(tmp_path / "rm.pt"), to=str(tmp_path / "4.jsonl")))
+    assert seen == prompts
+    for row, reply in zip(lines(tmp_path / "4.jsonl"), ["one", "two", "three", "four", "five"], strict=True):
+        tokens = torch.tensor([[*BYTES.encode(row["prompt"] + reply), BYTES.eos]])
+        with torch.no_grad():
+            score = load(RewardModel, tmp_path / "rm.pt").score(tokens, torch.tensor([tokens.shape[1]]))
+        assert (row["response"], row["eos"]) == (reply, 1) and row["score"] == pytest.approx(score.item())
+
+
+def test_flags_of_a_file_of_prompts(checkpoint, tmp_path):
+    jsonl(tmp_path / "p.jsonl", [{"prompt": "p"}])
+    path, prompts, to = checkpoint(), str(tmp_path / "p.jsonl"), str(tmp_path / "p.jsonl")
+    for flags in ({"prompts": prompts}, {"to": "x"}, {"prompts": prompts, "to": "x", "prompt": "p"}):
+        with pytest.raises(UserError, match="belong together"):
+            sample.main(args_of(ckpt=path, **flags))
+    with pytest.raises(UserError, match="already exists; choose another name"):
+        sample.main(args_of(ckpt=path, prompts=prompts, to=to))
 
 
 # ---- a loop that survives ----

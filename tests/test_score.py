@@ -1,0 +1,96 @@
+"""tools.score: the scores are the reward model's own, in the order of the lines; the accuracy."""
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from helpers import BYTES, CPU, ROOT, jsonl, lines, tiny_gpt
+
+from data.examples import pad
+from data.files import UserError
+from lib.checkpoint import load, save
+from model import RewardModel
+from tools import score
+
+PAIRS = [{"prompt": "p:", "chosen": "good", "rejected": "bad"},
+         {"prompt": "", "chosen": "yes", "rejected": "n"},
+         {"prompt": "q", "responses": ["a", "bb", "ccc"], "ranks": [1, 0, 0], "id": 7}]
+
+
+@pytest.fixture(scope="module")
+def rm(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rm") / "rm.pt"
+    save(path, RewardModel.from_gpt(tiny_gpt(vocab_size=BYTES.vocab_size)), BYTES)
+    return path
+
+
+def run(rm, tmp_path, rows, **more):
+    jsonl(tmp_path / "in.jsonl", rows)
+    score.main(Namespace(**{"file": tmp_path / "in.jsonl", "rm": rm, "out": tmp_path / "out.jsonl",
+                            "batch_tokens": 99, "device": "cpu", "skip_bad": False} | more))
+    return lines(tmp_path / "out.jsonl")
+
+
+def by_hand(rm, prompt, response):
+    row = (list(prompt.encode()) or [BYTES.eos]) + list(response.encode()) + [BYTES.eos]
+    with torch.no_grad():
+        return load(RewardModel, rm).score(*pad([row])).item()
+
+
+def test_scores_of_pairs_and_lists_and_their_accuracy(rm, tmp_path, capsys):
+    made = run(rm, tmp_path, PAIRS)
+    right = []
+    for row, line in zip(PAIRS, made, strict=True):
+        texts = row.get("responses") or [row["chosen"], row["rejected"]]
+        expected = [by_hand(rm, row["prompt"], text) for text in texts]
+        assert line == row | {"scores": pytest.approx(expected, abs=1e-5)}
+        a, b, *c = expected
+        right += [b > a, c[0] > a] if c else [a > b]
+    out = capsys.readouterr().out
+    assert f"accuracy {sum(right) / 4:.1%} +- " in out and "on 4 pairs" in out and "7 responses scored" in out
+
+
+def test_scores_of_prompts_with_responses(rm, tmp_path, capsys):
+    rows = [{"prompt": "p", "response": "r", "model": "PPO", "score": 9.0}, {"prompt": "p", "response": ""},
+            {"response": "alone"}, {"prompt": "p", "completion": "c"}, {"text": "t"}]
+    made = run(rm, tmp_path, rows)
+    for row, line in zip(rows, made, strict=True):
+        response = next(row[name] for name in ("response", "completion", "text") if name in row)
+        expected = by_hand(rm, row.get("prompt", ""), response)
+        assert line == row | {"score": pytest.approx(expected, abs=1e-5)}
+    assert "accuracy" not in capsys.readouterr().out
+
+
+def test_the_prompt_is_truncated_and_a_response_that_is_too_long_has_no_score(rm, tmp_path, capsys):
+    made = run(rm, tmp_path, [{"prompt": "x" * 40, "chosen": "good", "rejected": "bad"},
+                              {"prompt": "x", "chosen": "g" * 32, "rejected": "bad"}])
+    expected = [by_hand(rm, "x" * 27, text) for text in ("good", "bad")]
+    assert made[0]["scores"] == pytest.approx(expected, abs=1e-5)
+    assert made[1]["scores"] is None
+    out = capsys.readouterr().out
+    assert "1 lines do not fit into the reward model's 32 tokens" in out and "on 1 pairs" in out
+
+
+def test_batches_change_nothing_and_without_out_nothing_is_written(rm, tmp_path, capsys):
+    a, b = (run(rm, tmp_path, PAIRS, out=tmp_path / "out.jsonl", batch_tokens=n)
+            for n in (1, 999) if not (tmp_path / "out.jsonl").unlink(missing_ok=True))
+    assert [x["scores"] for x in a] == [pytest.approx(x["scores"], abs=1e-5) for x in b]
+    (tmp_path / "out.jsonl").rename(tmp_path / "kept.jsonl")
+    with pytest.raises(FileNotFoundError):
+        run(rm, tmp_path, PAIRS, out=None)
+    assert "on 4 pairs" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_sentence(rm, tmp_path):
+    run(rm, tmp_path, PAIRS)
+    with pytest.raises(UserError, match="out.jsonl already exists"):
+        run(rm, tmp_path, PAIRS)
+    bad = [*PAIRS, {"prompt": "p"}]
+    with pytest.raises(UserError, match=r"in.jsonl:4: column \"completion\" is missing"):
+        run(rm, tmp_path, bad, out=None)
+    made = run(rm, tmp_path, bad, out=tmp_path / "out2.jsonl", skip_bad=True)
+    assert made == lines(tmp_path / "out.jsonl") and len(lines(tmp_path / "out2.jsonl")) == 3
+    done = subprocess.run([sys.executable, "-m", "tools.score", "--rm", str(rm), str(tmp_path / "no.jsonl"),
+                           "--device", str(CPU)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"tools.score: {tmp_path / 'no.jsonl'} is missing\n"
