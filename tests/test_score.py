@@ -63,9 +63,9 @@ def test_scores_of_prompts_with_responses(rm, tmp_path, capsys):
 
 
 def test_the_prompt_is_truncated_and_a_response_that_is_too_long_has_no_score(rm, tmp_path, capsys):
-    made = run(rm, tmp_path, [{"prompt": "x" * 40, "chosen": "good", "rejected": "bad"},
-                              {"prompt": "x", "chosen": "g" * 32, "rejected": "bad"}])
-    expected = [by_hand(rm, "x" * 27, text) for text in ("good", "bad")]
+    made = run(rm, tmp_path, [{"prompt": "x" * 80, "chosen": "good", "rejected": "bad"},
+                              {"prompt": "x", "chosen": "g" * 64, "rejected": "bad"}])
+    expected = [by_hand(rm, "x" * 59, text) for text in ("good", "bad")]
     assert made[0]["scores"] == pytest.approx(expected, abs=1e-5)
     assert made[1]["scores"] is None
     out = capsys.readouterr().out
