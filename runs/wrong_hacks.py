@@ -23,8 +23,8 @@ FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
 TEXT = """# Wrong edits of model.py
 
 Made by `python runs/wrong_hacks.py > hacks/wrong/README.md`. Apply one: `git apply hacks/wrong/NAME.patch`.
-The self-check refuses each before the first step, and nothing is trained. Below: its sentence, the scripts that
-say it, the seconds until then; the first test of `pytest tests/test_model.py -x` that fails, and its seconds.
+The self-check refuses each before the first step, and nothing is trained. Below: its sentence, the scripts
+that say it, the seconds until then; the first test of `pytest tests/test_model.py -x` to fail, its seconds.
 """
 
 
@@ -38,8 +38,7 @@ def self_check(report):
     from lib.fast import prepare
     from model import GPT, GPTConfig, RewardModel
 
-    torch.set_num_threads(1)
-    torch.manual_seed(1)
+    torch.set_num_threads(1), torch.manual_seed(1)
     start, where, said = time.monotonic(), "all three scripts", "nothing"
     try:
         gpt = GPT(GPTConfig(vocab_size=1024, block_size=128, n_layer=4, n_head=4, d_model=128))
@@ -92,7 +91,7 @@ def tried(patch, *jobs):
 def main(patches):
     print(TEXT + "\n| wrong edit | self-check | s | test_model.py | s |\n|---|---|---|---|---|")
     for patch in patches or sorted((ROOT / "hacks/wrong").glob("*.patch")):
-        what = f"**{Path(patch).stem}**: {Path(patch).read_text().partition('diff ')[0].strip()}"
+        what = f"**{Path(patch).stem}**: {Path(patch).read_text().partition('--- ')[0].strip()}"
         (said, seconds), (test, longer) = tried(patch, self_check, test_model)
         print(f"| {what} | {said} | {seconds:.1f} | {test} | {longer:.0f} |", flush=True)
 
