@@ -69,7 +69,7 @@ def test_the_prompt_is_truncated_and_a_response_that_is_too_long_has_no_score(rm
     assert made[0]["scores"] == pytest.approx(expected, abs=1e-5)
     assert made[1]["scores"] is None
     out = capsys.readouterr().out
-    assert "1 lines do not fit into the reward model's 32 tokens" in out and "on 1 pairs" in out
+    assert "1 lines do not fit into the reward model's 64 tokens" in out and "on 1 pairs" in out
 
 
 def test_batches_change_nothing_and_without_out_nothing_is_written(rm, tmp_path, capsys):
