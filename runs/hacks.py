@@ -2,6 +2,7 @@
 
     python runs/hacks.py                        # all patches, full default pipeline, seed 1
     python runs/hacks.py --small                # SFT 0.5 epochs, reward model 0.15, PPO 10 updates
+    python runs/hacks.py --small --until sft    # the first stage only
     python runs/hacks.py --small rope gqa       # these, beside the unpatched model.py
     python runs/hacks.py rope+gqa --sft "--n-layer 2"   # one after the other; flags of a stage
 
@@ -43,21 +44,28 @@ def cpu_seconds():
     return used.ru_utime + used.ru_stime
 
 
-def run_stages(folder, flags):
-    """Run what has not finished; the seconds of each stage go to seconds.json."""
+def run_stages(folder, flags, last):
+    """Run what has not finished, up to stage `last`; the seconds of each stage go to seconds.json."""
     path = folder / "seconds.json"
     seconds = json.loads(path.read_text()) if path.exists() else {}
     for script, file in FILES.items():
         if (folder / f"out/{file}.pt").exists():
+            if file == last:
+                break
             continue
         start, command = cpu_seconds(), [sys.executable, f"{script}.py", *flags[script]]
         with open(folder / f"{script}.txt", "w") as output:
             subprocess.run(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, check=True)
         seconds[script] = cpu_seconds() - start
         path.write_text(json.dumps(seconds))
+        if file == last:
+            break
 
 
 def reports(folder, file):
+    """The reports in a stage's log; none if it was not run."""
+    if not (folder / f"out/{file}.pt").exists():
+        return [{}, {}]
     lines = map(json.loads, (folder / f"out/{file}.log.jsonl").read_text().splitlines())
     return [line["report"] for line in lines if "report" in line]
 
@@ -66,14 +74,14 @@ def numbers(folder):
     """What the columns of the table are made from."""
     text, seconds = (folder / "train_sft.txt").read_text(), json.loads((folder / "seconds.json").read_text())
     return {"parameters": int(text.split(" parameters")[0].split()[-1]), "sft": seconds["train_sft"],
-            "all": sum(seconds.values()), "loss": reports(folder, "sft")[-1]["val_loss"],
-            "accuracy": reports(folder, "rm")[-1]["accuracy"],
-            "gold": [reports(folder, "ppo")[i]["gold"] for i in (0, -1)]}
+            "loss": reports(folder, "sft")[-1]["val_loss"],
+            "accuracy": reports(folder, "rm")[-1].get("accuracy"),
+            "gold": [reports(folder, "ppo")[i].get("gold") for i in (-2, -1)]}
 
 
 def print_table(work):
     made = {folder.name: numbers(folder) for folder in sorted(work.iterdir())
-            if (folder / "out/ppo.pt").exists()}
+            if (folder / "out/sft.pt").exists()}
     print("| patch | parameters | SFT, seconds | SFT loss | reward model | gold of SFT | gold of PPO |\n"
           "|---|---|---|---|---|---|---|")
     plain = made.pop("none")
@@ -82,9 +90,8 @@ def print_table(work):
         size, time = f"x {size:.2f}", f"x {time:.2f}"
         if x is plain:
             size, time = f"{x['parameters']:,}", f"{x['sft']:.0f}"
-        before, after = x["gold"]
-        print(f"| {name} | {size} | {time} | {x['loss']:.4f} | {x['accuracy']:.1%} | {before:.3f} "
-              f"| {after:.3f} |")
+        rest = [f"{y:.3f}" if y is not None else "" for y in (x["accuracy"], *x["gold"])]
+        print(f"| {name} | {size} | {time} | {x['loss']:.4f} | {' | '.join(rest)} |")
 
 
 def main():
@@ -92,6 +99,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="patches, or several joined by + (default: all)")
     parser.add_argument("--small", action="store_true", help="a few percent of the work")
+    parser.add_argument("--until", choices=FILES.values(), default="ppo", help="the last stage to run")
     for script in FILES:
         parser.add_argument(f"--{FILES[script]}", default="", help=f"flags of {script}.py")
     args = parser.parse_args()
@@ -106,7 +114,7 @@ def main():
         if "lora" in name.split("+"):  # there is nothing to adapt otherwise
             flags["train_sft"] += ["--init", "../none/out/sft.pt"]
         print(f"{name}: {folder}", flush=True)
-        run_stages(folder, flags)
+        run_stages(folder, flags, args.until)
     print_table(work)
 
 

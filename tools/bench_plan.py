@@ -4,6 +4,7 @@ Everything is float32. Weights and AdamW's states are always held; the peak adds
 moments: the rollout (cache and sampling), the backward pass of a micro-batch, an optimizer step. `check`
 compares it with the peak of a real update on the CPU.
 """
+import dataclasses
 import functools
 import os
 import re
@@ -27,9 +28,14 @@ MODELS = {name: GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, d_mod
 FLOAT = 4  # bytes
 
 
-@functools.cache
 def parameters(config):
     """Numbers of parameters of a GPT and of a reward model, built without allocating anything."""
+    return _parameters(tuple(dataclasses.asdict(config).items()))
+
+
+@functools.cache
+def _parameters(sizes):
+    config = GPTConfig(**dict(sizes))
     with torch.device("meta"):
         models = GPT(config), RewardModel(Trunk(config))
     return tuple(sum(p.numel() for p in model.parameters()) for model in models)
