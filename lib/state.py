@@ -65,7 +65,8 @@ def check_adam(optimizer, state, name):
         raise ValueError(f"{name} is no optimizer state")
     check_like([group | {"lr": 0.0, "initial_lr": 0.0} for group in ours["param_groups"]],
                [group | {"lr": 0.0, "initial_lr": 0.0} for group in state["param_groups"]], name)
-    if any(group["params"] != our["params"] or not 0 <= group["lr"] < math.inf
+    if any(group["params"] != our["params"] or type(group["lr"]) is not float
+           or not 0 <= group["lr"] < math.inf
            for group, our in zip(state["param_groups"], ours["param_groups"], strict=True)):
         raise ValueError(f"{name} has other parameters, or an impossible rate")
     shapes = [p for group in optimizer.param_groups for p in group["params"]]

@@ -514,7 +514,8 @@ def changes(state):
             yield put(["parts", name, "state", 999], part["state"][first])
             yield put(["parts", name, "state", first, "step"], torch.tensor(0.0))
             yield put(["parts", name, "param_groups"], [])
-            for key, x in (("betas", None), ("eps", "x"), ("lr", math.nan), ("params", [5]), ("fused", None)):
+            for key, x in (("betas", None), ("eps", "x"), ("lr", math.nan), ("lr", torch.tensor(7.0)),
+                           ("params", [5]), ("fused", None)):
                 yield put(["parts", name, "param_groups", 0, key], x)
     for name, x in state["probes"].items():
         for wrong in (None, "x", x[:1], x * 1.1, x * math.nan):
