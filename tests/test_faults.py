@@ -394,7 +394,7 @@ def test_L_a_run_does_not_read_what_it_writes(folder):
 
 
 def test_L_a_folder_may_be_spelled_in_other_ways_on_resume(folder, monkeypatch):
-    monkeypatch.setattr(Run, "finish", lambda *args: exit(3))
+    monkeypatch.setattr(Run, "finish", lambda *args, **more: exit(3))
     with pytest.raises(SystemExit):
         sft(out="a/new")
     os.symlink("a/new", "link")
@@ -473,7 +473,7 @@ def stopped(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for name, stage in (("sft", sft), ("rm", rm), ("ppo", ppo_main)):
         with patch.context() as m:
-            m.setattr(Run, "finish", lambda *args: exit(3))
+            m.setattr(Run, "finish", lambda *args, **more: exit(3))
             with pytest.raises(SystemExit):
                 stage(epochs=1 if name == "ppo" else 0.1, save_every=1, out=f"{name}_out")
         stage(epochs=1 if name == "ppo" else 0.1, out=f"{name}_whole")
@@ -541,7 +541,7 @@ def test_N_a_state_is_checked_before_anything_is_loaded(stopped, monkeypatch, na
     monkeypatch.setattr(ppo, "improve", lambda *args: pytest.fail("the run went on"))
     monkeypatch.setattr(ppo, "evaluate", lambda *args: {"texts": [], "score": [0.0]})
     monkeypatch.setattr(ppo, "check_start", lambda *args: None)
-    monkeypatch.setattr(Run, "finish", lambda *args: pytest.fail("the run went on"))
+    monkeypatch.setattr(Run, "finish", lambda *args, **more: pytest.fail("the run went on"))
     for what, state in changes(torch.load(path, weights_only=True)):
         torch.save(state, path)
         with pytest.raises(UserError) as error:
