@@ -20,6 +20,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCHES = {path.stem: path.read_text() for path in sorted((ROOT / "hacks").glob("*.patch"))}
+# the worked examples of docs/hacking.md, and the settings that turn each on
+EXAMPLES = {"attention_pool": {"rm": {"pool": "attention"}}, "entropy_bonus": {"ppo": {"entropy_coef": 0.1}},
+            "best_policy": {}, "score_sd": {}}
+TEXTS = PATCHES | {path.stem: path.read_text() for path in (ROOT / "hacks/examples").glob("*.patch")}
 MOST = {"llama": 45, "llama_hf": 80}  # lines added; others: 25
 BASE = {"llama_hf": "llama"}  # applied first
 OF_PPO = {"k3_loss", "shared_critic"}
@@ -41,7 +45,7 @@ def git_apply(folder, *names, check=False):
     flags = ["--check"] if check else []
     alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # no repository around it counts
     done = subprocess.run(["git", "apply", *flags], cwd=folder, env=alone, text=True, capture_output=True,
-                          input="".join(PATCHES[name] for name in names))
+                          input="".join(TEXTS[name] for name in names))
     return done.stderr if done.returncode else ""
 
 
@@ -78,6 +82,14 @@ def test_a_patch_is_small_applies_and_has_its_line_in_the_readme(plain, name):
 
 
 @needs_git
+def test_the_worked_examples_apply(plain):
+    assert EXAMPLES.keys() == TEXTS.keys() - PATCHES.keys()
+    text = (ROOT / "docs/hacking.md").read_text()
+    for name in EXAMPLES:
+        assert git_apply(plain, name, check=True) == "" and f"`{name}`" in text
+
+
+@needs_git
 def test_which_patches_apply_on_one_another(plain):
     for pair in itertools.combinations(sorted(PATCHES.keys() - BASE.keys()), 2):
         for order in (pair, pair[::-1]):
@@ -107,9 +119,10 @@ def self_check():
     check_scores(prepare(RewardModel.from_gpt(gpt)))
 
 
-def pipeline(init):
+def pipeline(init, more):
     """All stages without a stop, and each of them stopped after a step and resumed: the same bits. `init`:
-    SFT starts from a checkpoint of the unpatched model.py, of which nothing may change, but new weights."""
+    SFT starts from a checkpoint of the unpatched model.py, of which nothing may change but new weights. more:
+    settings of stages."""
     import helpers
 
     import ppo
@@ -126,7 +139,7 @@ def pipeline(init):
               "ppo": (ppo, GPT, helpers.PPO | {"show": 0})}
     made = {}
     for name, (module, kind, settings) in stages.items():
-        settings = {"data": "data_tiny", "device": "cpu", "save_every": 1} | settings
+        settings = {"data": "data_tiny", "device": "cpu", "save_every": 1} | settings | more.get(name, {})
         module.main(module.Config(**settings, out="whole"))
         for check in {"check_model", "check_scores", "check_start"} & set(vars(module)):
             setattr(module, check, lambda *_: None)  # once is enough
@@ -279,9 +292,10 @@ def test_the_tests_of_the_model_pass(run, name):
 
 @slow
 @needs_git
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *sorted(OF_PPO)])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *sorted(OF_PPO), *EXAMPLES])
 def test_all_stages_run_and_resume(run, name):
-    run([name], "pipeline", name == "lora", before="plain_checkpoint" if name == "lora" else None)
+    lora = name == "lora"
+    run([name], "pipeline", lora, EXAMPLES.get(name, {}), before="plain_checkpoint" if lora else None)
 
 
 @slow
