@@ -117,6 +117,7 @@ def serve():
     for module in (train_sft, train_rm, lib.checks_rm):  # kills are to fall into the training
         module.check_model = lambda gpt: None
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background starts without
     for line in sys.stdin:
         job = json.loads(line)
         pid, used = os.fork(), 0.0
