@@ -250,7 +250,10 @@ def check_weights(gpt, tokens):
         return (gpt(text[None])[0].double() * weight[: len(text)]).sum()
 
     for text in tokens[:, :4] if moved and tokens.device.type == "cpu" else ():
-        grads = torch.autograd.grad(f(text), moved, allow_unused=True, materialize_grads=True)
+        y = f(text)
+        refuse(not y.requires_grad, "the logits do not depend on any weight that is trained: what is not frozen "
+               "is never used, or is detached")
+        grads = torch.autograd.grad(y, moved, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             slopes, at = torch.stack([(g * s).sum() for g, s in zip(grads, steps, strict=True)]), []
             for times in (1, -2, 1):
