@@ -110,7 +110,8 @@ def self_check():
     """What train_sft.py and train_rm.py begin with."""
     from helpers import TINY
 
-    from lib.checks import check_model, check_scores
+    from lib.checks import check_model
+    from lib.checks_rm import check_scores
     from lib.fast import prepare
     from model import GPT, GPTConfig, RewardModel
 
