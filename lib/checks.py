@@ -251,8 +251,8 @@ def check_weights(gpt, tokens):
 
     for text in tokens[:, :4] if moved and tokens.device.type == "cpu" else ():
         y = f(text)
-        refuse(not y.requires_grad, "the logits do not depend on any weight that is trained: what is not frozen "
-               "is never used, or is detached")
+        refuse(not y.requires_grad, "the logits do not depend on any weight that is trained: what is not "
+               "frozen is never used, or is detached")
         grads = torch.autograd.grad(y, moved, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             slopes, at = torch.stack([(g * s).sum() for g, s in zip(grads, steps, strict=True)]), []
