@@ -249,6 +249,18 @@ def test_dropout_that_eval_mode_leaves_on_shows_at_any_rate(monkeypatch, dropout
         check_model(GPT(gpt_config(17, 96, 2, 2, 32, dropout)))
 
 
+def only_a_part_without_use(init, self, config):
+    init(self, config)
+    self.requires_grad_(False).adapter = torch.nn.Parameter(torch.ones(3))
+
+
+def test_what_is_trained_must_reach_the_logits(tiny, monkeypatch):
+    check_model(tiny().requires_grad_(False))
+    hack(monkeypatch, model.Trunk, "__init__", only_a_part_without_use)
+    with pytest.raises(UserError, match="depend on no weight that is trained"):
+        check_model(tiny())
+
+
 def test_the_checks_leave_the_model_as_it_was(tiny):
     gpt = tiny(dropout=0.2).train()
     before, rng = copy.deepcopy(gpt.state_dict()), torch.get_rng_state()
