@@ -102,7 +102,7 @@ def test_which_patches_apply_on_one_another(plain):
 # ---- what runs in a copy, in the process that forks ----
 
 def neutral_tests():
-    """Those of the model that know no architecture, but for those that bring their own layer or need no model."""
+    """Those that know no architecture, but for those that bring their own layer or need no model."""
     which = "not the_cache_takes and not linear and not frequencies and not keep_the_smallest"
     return pytest.main(["tests/test_model.py", "-m", "not slow", "-k", which, "-x", "-p", "no:cacheprovider"])
 
