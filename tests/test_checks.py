@@ -257,7 +257,7 @@ def only_a_part_without_use(init, self, config):
 def test_what_is_trained_must_reach_the_logits(tiny, monkeypatch):
     check_model(tiny().requires_grad_(False))
     hack(monkeypatch, model.Trunk, "__init__", only_a_part_without_use)
-    with pytest.raises(UserError, match="depend on no weight that is trained"):
+    with pytest.raises(UserError, match="do not depend on any weight that is trained"):
         check_model(tiny())
 
 
