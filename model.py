@@ -40,7 +40,7 @@ class WholeText:
 
     lib.generate.Cache has the same names for a text that is read in parts, so a layer is written once:
     positions (1,T) or (B,T) of the tokens that are read now, key_positions (1,S) of all that may be looked
-    at, real (1,T) or (B,T): no padding; whole: these are the same tokens.
+    at (a token's own, too), real (1,T) or (B,T): no padding; whole: these are the same tokens.
     """
 
     whole = True
