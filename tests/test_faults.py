@@ -273,9 +273,9 @@ def test_I_a_signal_saves_whatever_became_of_the_output(folder, number, streams)
     command = f"(echo $BASHPID > pid; exec {sys.executable} call.py) {streams}"
     Path("call.py").write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), flags=[
         "--epochs", "5000", "--out", "new", "--batch-tokens", "64", "--save-every", "0"]))
-    process = subprocess.Popen(  # SIGINT, too, which what is started in the background ignores
+    process = subprocess.Popen(  # though what is started in the background, or by nohup, ignores some
         ["bash", "-c", command], stderr=subprocess.DEVNULL, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     deadline = time.monotonic() + 300  # other work on the machine may slow the start
     try:
         while not (Path("new/sft.state.jsonl").exists() and len(lines(Path("new/sft.state.jsonl"))) > 1):
