@@ -25,6 +25,7 @@ from helpers import (
     steps,
 )
 
+import lib.rewards
 import model
 import ppo
 import sample
@@ -208,7 +209,7 @@ def test_what_saves_memory_changes_no_result(made, tmp_path, how):
 
 @pytest.mark.slow
 def test_bf16_runs_all_stages_and_learns_the_same(made, tmp_path, spy):
-    prepared = [spy(script, "prepare") for script in (train_sft, train_rm, ppo)]
+    prepared = [spy(script, "prepare") for script in (train_sft, train_rm, lib.rewards)]
     train(made / "data", tmp_path, bf16=True)
     flagged = [[args[2].bf16 for args, _ in calls if len(args) == 3] for calls in prepared]
     assert flagged == [[True], [True] * 2, [True] * 4]  # the models of each stage; others are self-checked
