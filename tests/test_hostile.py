@@ -32,7 +32,7 @@ FIT = "the weights do not fit this model.py"
 def data(tiny):
     """data(sizes, tensors, **changes) -> what is in a good checkpoint of a GPT, with changes."""
     weights = tiny(vocab_size=257).state_dict()
-    config = {"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "d_model": 32, "dropout": 0.0,
+    config = {"vocab_size": 257, "block_size": 64, "n_layer": 2, "n_head": 4, "d_model": 32, "dropout": 0.0,
               "bias": True}
     with torch.device("meta"):  # its imports take a second, once
         GPT(GPTConfig(**config))
