@@ -250,9 +250,9 @@ def test_absurd_sizes_on_the_command_line(folder):
 @pytest.mark.parametrize("module, config", [(train_sft, SIZES), (ppo, PPO)])
 def test_out_that_is_a_file(folder, monkeypatch, capsys, name, module, config):
     (folder / "file").write_text("mine")
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in config.items()]
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in config.items()]
     where = ["--data", str(folder / "data"), "--out", str(folder / name)]
-    monkeypatch.setattr(sys, "argv", ["x.py", *where, *flags])
+    monkeypatch.setattr(sys, "argv", ["x.py", *where, *given])
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, getattr(sys, stream))
     with pytest.raises(SystemExit, match="^x.py: .*file") as caught:
@@ -264,8 +264,8 @@ def test_out_that_is_a_file(folder, monkeypatch, capsys, name, module, config):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_out_that_cannot_be_written(folder, monkeypatch, capsys, where):
     monkeypatch.chdir(folder)
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
-    monkeypatch.setattr(sys, "argv", ["x.py", "--data", "data", "--out", where, *flags])
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
+    monkeypatch.setattr(sys, "argv", ["x.py", "--data", "data", "--out", where, *given])
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, getattr(sys, stream))
     with pytest.raises(SystemExit) as caught:
@@ -290,7 +290,7 @@ def test_a_clock_that_stands_or_runs_backwards(folder, monkeypatch, capsys, spee
     train_sft.main(train_sft.Config(**where, **SIZES, epochs=1))
     (folder / "score.py").write_text("def score(prompts, responses): return [len(r) for r in responses]")
     ppo.main(ppo.Config(**where, **PPO, reward=f"{folder}/score.py:score"))
-    assert len(steps(next(folder.glob("ppo*.jsonl")))) == PPO["updates"]
+    assert len(steps(next(folder.glob("ppo*log.jsonl")))) == PPO["updates"]
     assert "   0:00\n" in capsys.readouterr().out
 
 
