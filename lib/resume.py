@@ -58,7 +58,7 @@ class Run:
         if not cfg.out:
             raise UserError("--out is empty: name a folder")
         out = Path(cfg.out)
-        self.cfg, self.caught, self.step, self.handlers = cfg, 0, None, {}
+        self.cfg, self.caught, self.step, self.handlers, self.pid = cfg, 0, None, {}, os.getpid()
         self.result, self.log_path, self.finished = (
             out / f"{name}{end}" for end in (".pt", ".log.jsonl", ".finished.pt"))
         self.path, self.running_log = out / f"{name}.state.pt", out / f"{name}.state.jsonl"
@@ -200,6 +200,8 @@ class Run:
 
     def _stop(self, number, frame):
         self._restore_handlers()  # a second signal stops at once
+        if os.getpid() != self.pid:  # a child that code of the user's has forked, as multiprocessing's pools
+            return os.kill(os.getpid(), number)
         if self.step == self.log.steps:  # no step is left to finish
             if self.saved_step != self.step:  # nor is the last one saved, on a full disk: write the result
                 return tell("\nwriting the result; once more to stop\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BYTES, PPO, ROOT, SIZES, jsonl, lines, make_data, tiny_gpt
+from helpers import BYTES, CPU, PPO, ROOT, SIZES, jsonl, lines, make_data, tiny_gpt
 
 import ppo
 import sample
@@ -292,6 +292,29 @@ def test_I_a_signal_saves_whatever_became_of_the_output(folder, number, streams)
             os.killpg(process.pid, signal.SIGKILL)
     assert Path("new/sft.state.pt").exists()
     assert all(set(row) & {"config", "step"} for row in lines(Path("new/sft.state.jsonl")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_I_a_child_that_is_forked_dies_of_a_signal(folder, number):
+    """multiprocessing.Pool ends its workers so; one that lived on would be waited for without end."""
+    run = Run("sft", train_sft.Config(out="new"), [], CPU)
+    old = signal.signal(number, signal.SIG_DFL)
+    run.begin(10, now={"x": 1.0})
+    ready, tell = os.pipe()
+    try:
+        if not (pid := os.fork()):
+            os.write(tell, b"x")
+            time.sleep(20)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(pid, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -number
+        assert run.caught == 0
+        os.kill(os.getpid(), number)
+        assert run.caught == number
+    finally:
+        run._restore_handlers()
+        signal.signal(number, old)
 
 
 # ---- J: generations ----
