@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from data.examples import encode_prompts, encode_rankings, open_data, pad, prompt_room
 from data.files import UserError
 from data.records import read_preferences, read_prompts
-from data.split import read_split
+from data.split import read_split, read_training
 from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_model
 from lib.checks_rm import check_scores
@@ -140,7 +140,7 @@ def main(cfg):
         raise UserError('--wide-gap: no ranking in preferences_val.jsonl has "gold"')
     new = min(cfg.max_new_tokens, rm.room * 4 // 5)  # the default fits a small model, too
     file = folder / "prompts.jsonl"
-    texts = read_prompts(file, cfg.skip_bad) if file.exists() else [prompt for prompt, *_ in train]
+    texts = read_training(read_prompts, file, cfg) if file.exists() else [prompt for prompt, *_ in train]
     prompts = encode_prompts(texts[:512], tokenizer, prompt_room(rm.room, new), "prompts.jsonl")
 
     optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,

@@ -75,6 +75,18 @@ def encode_prompt(prompt, tokenizer):
     return tokenizer.encode(prompt) or [tokenizer.eos]
 
 
+def fit(prompt, responses, tokenizer, room):
+    """Prompt tokens, responses' tokens with eos, and how many tokens the prompt lost.
+
+    A prompt that is too long is truncated from the left, alike for all its responses. None: a response alone
+    leaves no room for a prompt.
+    """
+    prompt = encode_prompt(prompt, tokenizer)
+    responses = [tokenizer.encode(response) + [tokenizer.eos] for response in responses]
+    left = room - max(map(len, responses), default=0)
+    return (prompt[-left:], responses, max(0, len(prompt) - left)) if left >= 1 else None
+
+
 def prompt_room(room, max_new_tokens):
     """Tokens of the longest prompt that `max_new_tokens` can follow within `room`. UserError: none can."""
     if room <= max_new_tokens:
@@ -84,19 +96,14 @@ def prompt_room(room, max_new_tokens):
 
 
 def _encode(examples, tokenizer, room, name):
-    """[(prompt, responses)] -> [(index, prompt tokens, responses' tokens with eos)].
-
-    A prompt that is too long is truncated from the left, alike for all its responses; an example with a
-    response that alone leaves no room for a prompt is dropped. Both are counted and printed.
-    """
+    """[(prompt, responses)] -> [(index, prompt tokens, responses' tokens with eos)]; what `fit` drops and
+    truncates is counted and printed."""
     made, truncated = [], 0
-    for i, (prompt, responses) in enumerate(examples):
-        prompt = encode_prompt(prompt, tokenizer)
-        responses = [tokenizer.encode(response) + [tokenizer.eos] for response in responses]
-        left = room - max(map(len, responses), default=0)
-        if left >= 1:
-            truncated += len(prompt) > left
-            made.append((i, prompt[-left:], responses))
+    for i, example in enumerate(examples):
+        if fitted := fit(*example, tokenizer, room):
+            prompt, responses, lost = fitted
+            made.append((i, prompt, responses))
+            truncated += lost > 0
     if truncated or len(made) < len(examples):
         print(f"{name}: of {len(examples)} examples, {truncated} prompts truncated from the left and "
               f"{len(examples) - len(made)} dropped for a response that does not fit into {room} tokens")

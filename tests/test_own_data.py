@@ -5,7 +5,7 @@ import random
 import shutil
 
 import pytest
-from helpers import PPO, SIZES, jsonl, lines, make_data
+from helpers import BYTES, PPO, SIZES, jsonl, lines, make_data
 
 import ppo
 import train_rm
@@ -117,7 +117,10 @@ def run_ppo(folder, out, **more):
 
 
 @pytest.mark.slow
-def test_val_fraction_in_all_three_scripts(tmp_path, capsys):
+def test_val_fraction_in_all_three_scripts(tmp_path, capsys, monkeypatch):
+    shipped, asked = train_rm.sample_texts, []
+    monkeypatch.setattr(train_rm, "sample_texts",
+                        lambda gpt, prompts, *rest: asked.extend(prompts) or shipped(gpt, prompts, *rest))
     make_data(tmp_path / "data", n=120)
     for path in (tmp_path / "data").glob("*_val.jsonl"):
         path.unlink()
@@ -131,6 +134,7 @@ def test_val_fraction_in_all_three_scripts(tmp_path, capsys):
     said = capsys.readouterr().out
     for name in ("sft", "preferences", "prompts"):
         assert f"{name}.jsonl: " in said
+    assert asked and not any(held_out(BYTES.decode(prompt), 0.2) for prompt in asked)  # scores are normalised
     held = {row["prompt"] for row in lines(tmp_path / "out/ppo.samples.jsonl")}
     assert held and all(held_out(prompt, 0.2) for prompt in held)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.examples import encode_prompt
+from data.examples import fit
 from data.files import UserError, printable
 from data.records import read_responses
 from lib.checkpoint import load, load_tokenizer, write, write_lines
@@ -29,17 +29,10 @@ from model import RewardModel
 REMEDY = "Try a smaller --batch-tokens"
 
 
-def token_rows(prompt, responses, tokenizer, room):
-    """Rows of prompt, response, eos, the prompt truncated from the left, the same for all; []: no room."""
-    prompt = encode_prompt(prompt, tokenizer)
-    responses = [tokenizer.encode(response) + [tokenizer.eos] for response in responses]
-    left = room - max(map(len, responses))
-    return [prompt[-left:] + response for response in responses] if left >= 1 else []
-
-
 def score_all(rm, tokenizer, found, budget, device):
     """For each (line, prompt, responses, ranks) the list of its scores, None where they do not fit."""
-    rows = [token_rows(prompt, responses, tokenizer, rm.room) for _, prompt, responses, _ in found]
+    fitted = [fit(prompt, responses, tokenizer, rm.room) for _, prompt, responses, _ in found]
+    rows = [[some[0] + response for response in some[1]] if some else [] for some in fitted]
     flat = list(itertools.chain.from_iterable(rows))
     scores = iter(score_rows(rm, flat, budget, device).tolist() if flat else [])
     return [list(itertools.islice(scores, len(some))) or None for some in rows]
