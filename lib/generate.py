@@ -55,13 +55,15 @@ class Cache(nn.Module):
 
     @property
     def real(self):
+        """(B,T), True where a token that is read now is no padding."""
         return self.positions < self.length[:, None]
 
     def append(self, name, x):
+        """x (B,H,T,D) of the tokens that are read now -> of all up to them, (B,H,S,D)."""
         B, H, T, D = x.shape
         if name not in self._buffers:
-            self.register_buffer(name, x.new_zeros(B, H, self.S, D), persistent=False)
             # zeros: 0 x NaN would pass a mask
+            self.register_buffer(name, x.new_zeros(B, H, self.S, D), persistent=False)
         kept = getattr(self, name)
         if self.whole:
             kept[:, :, :T] = x
@@ -73,6 +75,7 @@ class Cache(nn.Module):
         return kept[:, :, : self.key_positions.shape[1]]
 
     def read(self, name):
+        """A state (B,...), as `write` left it; None when nothing was read before."""
         return None if self.whole else getattr(self, name)
 
     def write(self, name, x):

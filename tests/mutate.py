@@ -37,7 +37,8 @@ FILES = {"ppo.py": "ppo checks pipeline rewards faults resume",
          "model.py": "model rm gpt2 sft checks ppo pipeline",
          "lib/generate.py": "model rm checks ppo pipeline", "lib/fast.py": "model checks pipeline",
          "lib/report.py": "rm ppo checks pipeline rewards", "lib/rewards.py": "rewards rm ppo pipeline",
-         "lib/checks.py": "checks", "lib/checks_rm.py": "checks",
+         "lib/checks.py": "checks", "lib/checks_rm.py": "checks", "tools/score.py": "score",
+         "data/split.py": "own_data", "data/lists.py": "prepare reviews", "data/rows.py": "prepare", "lib/checks_rm.py": "checks",
          "lib/common.py": "sft rm ppo checks pipeline resume",
          "lib/flags.py": "records pipeline rewards rough",
          "data/examples.py": "sft rm ppo pipeline records faults"}
@@ -53,8 +54,7 @@ ALIKE = [group.split(", ") for group in (  # what has the same type in the LOOPS
     "some, some_ptx", "loss, lr, norm, right", "step, steps, done", "update, cfg.updates",
     "cfg.lr, cfg.critic_lr", "cfg.batch_tokens, cfg.micro_batch", "cfg.batch, cfg.micro_batch",
     "cfg.epochs, cfg.minibatches", "now['kl_coef'], cfg.kl_coef", "cfg.kl_target, cfg.kl_coef",
-    "stats['kl'], stats['update_kl']", "'sft.jsonl', 'sft_val.jsonl'",
-    "'preferences.jsonl', 'preferences_val.jsonl'")]
+    "stats['kl'], stats['update_kl']", "stats, step", "rollout, assess")]
 HARMLESS = {  # "the line of the file: before -> after" of a bug that changes no behaviour: why
     "std = 0.02 * math.sqrt(768 / self.config.d_model): 768 -> 767": "random numbers 0.07% smaller",
     "std = 0.02 * math.sqrt(768 / self.config.d_model): 768 -> 769": "random numbers 0.07% larger",
