@@ -38,7 +38,7 @@ FILES = {"ppo.py": "ppo checks pipeline rewards faults resume",
          "lib/generate.py": "model rm checks ppo pipeline", "lib/fast.py": "model checks pipeline",
          "lib/report.py": "rm ppo checks pipeline rewards", "lib/rewards.py": "rewards rm ppo pipeline",
          "lib/checks.py": "checks", "lib/checks_rm.py": "checks", "tools/score.py": "score",
-         "data/split.py": "own_data", "data/lists.py": "prepare reviews", "data/rows.py": "prepare", "lib/checks_rm.py": "checks",
+         "data/split.py": "own_data", "data/lists.py": "prepare reviews", "data/rows.py": "prepare",
          "lib/common.py": "sft rm ppo checks pipeline resume",
          "lib/flags.py": "records pipeline rewards rough",
          "data/examples.py": "sft rm ppo pipeline records faults"}
