@@ -27,24 +27,15 @@ import torch
 from data.examples import encode_demonstrations, open_data, open_prompts, pad, prompt_room, response_mask
 from data.records import read_sft
 from data.split import read_training
+from lib import report, rules
 from lib.checks_rm import check_start
 from lib.common import Cycle, clip_and_step, finite, masked_mean, micro_batches
+from lib.curve import Best
 from lib.fast import in_pieces
 from lib.flags import Shared, bounded, cli, pick_device
 from lib.generate import generate
-from lib.report import (
-    LEGEND,
-    Warnings,
-    describe,
-    evaluate,
-    means,
-    print_table,
-    rollout_stats,
-    samples,
-    win_rates,
-)
 from lib.resume import Run
-from lib.rewards import in_units, load_models, model_files, scale_of, units
+from lib.rewards import in_units, load_models, model_files, units
 from train_sft import sft_backward
 
 
@@ -64,7 +55,7 @@ class Config(Shared):
     save_every: int = bounded(10, 0)  # updates between saved states, to resume from; 0: at the end only
     # rollout
     batch: int = 64  # prompts in a rollout
-    max_new_tokens: int = 100  # longest response
+    max_new_tokens: int = None  # longest response
     temperature: float = bounded(1.0, 0.01, 100)  # of sampling and of every log-prob
     no_eos_score: float = -1.0  # score of a response that does not end: one sd below the SFT model
     # update
@@ -78,8 +69,9 @@ class Config(Shared):
     ptx_coef: float = 0.0  # weight of the SFT loss mixed in (PPO-ptx; Ouyang et al. 2022, eq. 2)
     # KL
     kl_coef: float = bounded(0.035, 0)  # KL penalty per nat, in standard deviations of score
-    kl_target: float = 0.0  # if > 0, kl_coef is steered towards this KL (nats per response)
-    kl_horizon: int = 1000  # responses over which kl_coef may change by about a fifth
+    kl_budget: float = bounded(12.0, 0)  # nats a response; above it kl_coef rises, a fifth an update at most
+    kl_target: float = 0.0  # if > 0, kl_coef is steered towards this KL instead, up and down
+    kl_horizon: int = None  # responses over which --kl-target may change kl_coef by about a fifth
     update_kl: float = bounded(0.05, 0, math.inf)  # end the update once KL(old, new) a token is above 1.5x
 
 
@@ -141,6 +133,16 @@ def adapt_kl_coef(kl_coef, kl, target, n, horizon):
     et al. 2019, 2.2)."""
     factor = 1 + max(-0.2, min(0.2, kl / target - 1)) * min(1, n / horizon)
     return min(max(kl_coef * factor, 1e-9), 1e9)
+
+
+def next_kl_coef(kl_coef, kl, cfg):
+    """The coefficient after an update with so much KL. --kl-budget never lowers it below --kl-coef."""
+    if cfg.kl_target:
+        return adapt_kl_coef(kl_coef, kl, cfg.kl_target, cfg.batch,
+                             cfg.kl_horizon or rules.kl_horizon(cfg.updates * cfg.batch))
+    if cfg.kl_budget and cfg.kl_coef:  # a penalty of 0 stays 0
+        return max(cfg.kl_coef, adapt_kl_coef(kl_coef, kl, cfg.kl_budget, 1, 1))
+    return kl_coef
 
 
 def token_logps(gpt, tokens, temperature, mask=None):
@@ -262,6 +264,7 @@ def main(cfg):
     policy, critic, tokenizer = models.policy, models.critic, models.tokenizer
     block_size = policy.config.block_size
     room = min([block_size, *(rm.room for rm in (critic, models.judge) if rm)])
+    cfg = rules.fill(cfg, f"of {room} tokens", max_new_tokens=rules.max_new_tokens(room))
     prompts, val = open_prompts(folder, tokenizer, prompt_room(room, cfg.max_new_tokens), cfg)
     demonstrations = encode_demonstrations(read_training(read_sft, folder / "sft.jsonl", cfg), tokenizer,
                                            block_size, "sft.jsonl") if cfg.ptx_coef else []
@@ -269,50 +272,47 @@ def main(cfg):
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
                   for model, lr in ((policy, cfg.lr), (critic, cfg.critic_lr))]
     check_start((rollout, assess, advantages, minibatch_backward), models, prompts, cfg, device)
-    held_out = partial(evaluate, (rollout, assess), models, val, world, cfg, device)
-    before = held_out()
+    held_out = partial(report.evaluate, (rollout, assess), val, world, cfg, device)
+    before = held_out(models)
     print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out ({len(val)}): "
-          f"{describe(means(before))}")
+          f"{report.describe(report.means(before))}")
     print(units(models.score), end="")
 
-    now, warn = {"kl_coef": cfg.kl_coef}, Warnings()
-    done = run.begin(cfg.updates, policy=policy, critic=critic, policy_optimizer=optimizers[0],
+    now, warn, best = {"kl_coef": cfg.kl_coef}, report.Warnings(), Best(policy)
+    done = run.begin(cfg, cfg.updates, policy=policy, critic=critic, policy_optimizer=optimizers[0],
                      critic_optimizer=optimizers[1], order=order, generator=generator,
-                     prompts=some, demonstrations=some_ptx, now=now, warn=warn,
+                     prompts=some, demonstrations=some_ptx, now=now, warn=warn, **best.parts,
                      **({"reward": models.score} if cfg.reward else {}))
     warmup = max(1, min(5, cfg.updates // 10))
     for update in range(done + 1, cfg.updates + 1):
         if update % 10 == 1 and update > 1:  # here, where a reward function that fails loses nothing
-            seen = held_out()
-            run.log.report(update=update - 1, **means(seen))
-            print(f"      held out: {describe(means(seen))}")
-            warn.compare(before, seen)
+            with run.between_steps():
+                seen = held_out(models)
+            report.look(run, update - 1, before, seen, best, warn, tokenizer, cfg.kl_budget)
         start = time.monotonic()
         factor = min(1, update / warmup) * (1 - (update - 1) / cfg.updates)
         for optimizer, lr in zip(optimizers, (cfg.lr, cfg.critic_lr), strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
         batch = rollout(policy, next(some), tokenizer.eos, cfg, generator)
         batch = advantages(assess(batch, models, cfg, f"update {update}"), now["kl_coef"], cfg.lam)
-        stats = rollout_stats(batch, tokenizer, world)
+        stats = report.rollout_stats(batch, tokenizer, world)
         step = improve(models, optimizers, batch, cfg, update, order,
                        partial(next, some_ptx) if cfg.ptx_coef else None)
-        if cfg.kl_target:
-            now["kl_coef"] = adapt_kl_coef(now["kl_coef"], stats["kl"], cfg.kl_target, cfg.batch,
-                                           cfg.kl_horizon)
-            stats["kl_coef"] = now["kl_coef"]
+        stats["kl_coef"], now["kl_coef"] = now["kl_coef"], next_kl_coef(now["kl_coef"], stats["kl"], cfg)
         seconds = max(1e-3, time.monotonic() - start)
         run.log(update, **stats, **step, tok_s=round(int(batch["mask"].sum()) / seconds))
         warn.look(stats | step)
         run.after(update)
 
-    after = held_out()
+    after = held_out(models)
+    report.look(run, cfg.updates, before, after, best, warn, tokenizer, cfg.kl_budget)
     before = in_units(before, models.score, cfg.no_eos_score)
-    run.finish(policy, tokenizer, {"update": 0, **means(before), **scale_of(models.score)},
-               {"update": cfg.updates, **means(after), **win_rates(after, before)},
-               samples=samples(before, after))
-    print_table(before, after, world, cfg.show)
-    print(f"{units(models.score)}PPO done: {describe(means(after))}; {run.result}")
+    chosen = report.best_of(4, held_out, models, before)
+    run.finish(policy, tokenizer, *report.results(before, chosen, after, cfg.updates, models.score),
+               samples=report.samples(before, after), best=best)
+    report.print_table(before, chosen, after, world, cfg.show)
+    print(f"{units(models.score)}PPO done: {report.describe(report.means(after))}; {run.result}")
 
 
 if __name__ == "__main__":
-    cli(main, Config, LEGEND)
+    cli(main, Config, report.LEGEND)

@@ -3,8 +3,9 @@
 Each prompt comes with two or more responses in order of preference. The loss is that of Bradley &
 Terry (1952) on every pair of them, all C(K,2) pairs of one prompt together as one example (Ouyang et
 al. 2022, eq. 1): shuffled as single pairs, each response would be trained on K-1 times and overfit.
-One epoch, then the scores are shifted and scaled, once, so that the SFT model's own samples have
-mean 0 and standard deviation 1: PPO's penalties and clips are in these units.
+Ratings, where there are any, add the squared error of the score: an order alone doesn't say how far
+apart two texts are. Then the scores are shifted and scaled, once, so that the SFT model's own samples
+have mean 0 and standard deviation 1: PPO's penalties and clips are in these units.
 
     python train_rm.py                      # after train_sft.py
     python train_rm.py --pool mean          # or max, or token: where the text is read
@@ -16,22 +17,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data.examples import encode_prompts, encode_rankings, open_data, pad, prompt_room
+from data.examples import encode_prompts, encode_rankings, open_data, pad, prompt_room, standardise
 from data.files import UserError
 from data.records import read_preferences, read_prompts
 from data.split import read_split, read_training
-from lib.checkpoint import load, load_tokenizer
 from lib.checks import check_model
 from lib.checks_rm import check_scores
 from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
+from lib.curve import Curve, sample
 from lib.fast import prepare
 from lib.flags import Shared, bounded, cli, pick_device
 from lib.generate import sample_texts
 from lib.memory import check_training
-from lib.report import accuracy, report_pairs
+from lib.report import accuracy, measure_pairs, report_pairs, report_words
 from lib.resume import Run
 from lib.rewards import score_rows
-from model import GPT, RewardModel
+from lib.start import start_rm
+from model import RewardModel
 
 
 @dataclass
@@ -41,15 +43,16 @@ class Config(Shared):
     out: str = "out"  # folder with sft.pt, and for the results
     sft: str = ""  # the SFT model to start from, instead of sft.pt in --out
     # reward model
-    pool: str = "last"  # where the text is read: "last" token, "mean", "max" or an appended "token"
-    max_new_tokens: int = 100  # longest of the samples that scores are normalised on; as for ppo.py
+    pool: str = None  # where the text is read: "last" token, "mean", "max" or an appended "token"
+    max_new_tokens: int = None  # longest of the samples that scores are normalised on; as for ppo.py
     wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this
     # training
-    epochs: float = 1.0  # more than one overfits (Ouyang et al. 2022, C.2)
-    batch_tokens: int = 1792  # tokens in an optimizer step, padding included
+    epochs: float = None  # of much data one, as more overfit (Ouyang et al. 2022, C.2)
+    batch_tokens: int = None  # tokens in an optimizer step, padding included
     micro_batch: int = 16384  # tokens in a forward pass; without dropout it changes no result
-    lr: float = bounded(5e-4, 0)  # peak of the learning rate
-    dropout: float = bounded(0.0, 0, 0.99)  # rate while the reward model is trained
+    lr: float = bounded(None, 0)  # peak of the learning rate
+    dropout: float = bounded(None, 0, 0.99)  # rate while the reward model is trained
+    keep: str = "best"  # which weights are saved: the "best" on held-out data, or the "last"
 
 
 def ranking_loss(scores, groups):
@@ -77,6 +80,13 @@ def ranking_loss(scores, groups):
     return -(F.logsigmoid(gap) * weight).sum(), (right * weight).sum()
 
 
+def rating_loss(scores, groups):
+    """Summed squared error of scores (N,), those of all responses of `groups`, where there are ratings."""
+    ratings = torch.tensor([x for group in groups for x in group.ratings or [math.nan] * len(group.rows)],
+                           device=scores.device)
+    return (torch.where(ratings.isnan(), 0.0, scores - ratings) ** 2).sum()
+
+
 def sizes(groups):
     """What `batches` asks for: the longest text of each prompt in tokens, and the number of its texts."""
     return {"lengths": [max(map(len, group.rows)) for group in groups],
@@ -87,23 +97,25 @@ def ranking_backward(rm, groups, micro_batch, device, step):
     """Gradients of the loss of `groups`, [Ranking], left in .grad, in pieces of micro_batch tokens;
     returns (loss, accuracy)."""
     ordered = [len(set(group.ranks)) > 1 for group in groups]  # prompts that make a pair
+    rated = max(1, sum(len(group.rows) for group in groups if group.ratings))
     loss = right = 0.0
     for piece in batches(**sizes(groups), budget=micro_batch):
         some = [groups[i] for i in piece]
         scores = rm.score(*pad([row for group in some for row in group.rows], device))
         numbers = ranking_loss(scores, [group.ranks for group in some])
         part, part_right = (x * (sum(ordered[i] for i in piece) / max(1, sum(ordered))) for x in numbers)
+        part = part + rating_loss(scores, some) / rated
         finite(f"step {step}", loss=part)
         part.backward()
         loss, right = loss + part.item(), right + part_right.item()
     return loss, right
 
 
-def normalise(rm, gpt, groups, prompts, max_new_tokens, tokenizer, cfg, device):
+def normalise(rm, gpt, groups, prompts, tokenizer, cfg, device):
     """Give the SFT model's samples on PPO's prompts mean 0 and sd 1 (Ziegler et al. 2019); if it hardly
     ever ends a text, the best responses of the training data instead."""
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    rows = sample_texts(gpt, prompts, tokenizer.eos, max_new_tokens, generator, device)
+    rows = sample_texts(gpt, prompts, tokenizer.eos, cfg.max_new_tokens, generator, device)
     name = "samples of the SFT model"
     if len(rows) < 64:
         rows, name = [g.rows[g.ranks.index(min(g.ranks))] for g in groups], "best responses"
@@ -125,23 +137,22 @@ def main(cfg):
     sft = Path(cfg.sft or Path(cfg.out) / "sft.pt")
     names = ("preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl")
     run = Run("rm", cfg, [sft, *(folder / name for name in names)], device)
-    if cfg.pool not in RewardModel.POOLS:
+    if cfg.pool not in (None, *RewardModel.POOLS):
         raise UserError(f"--pool {cfg.pool}: expected one of {', '.join(RewardModel.POOLS)}")
 
-    gpt, tokenizer = load(GPT, sft, cfg.dropout), load_tokenizer(sft)
     train, val = read_split(read_preferences, folder / "preferences.jsonl", cfg)
+    gpt, tokenizer, cfg = start_rm(cfg, train, sft)
     rm = RewardModel.from_gpt(gpt, cfg.pool)  # the head swap
     check_model(prepare(gpt, device))
     check_scores(prepare(rm, device))
     gpt, rm = (prepare(model, device, cfg) for model in (gpt, rm))
-    groups = encode_rankings(train, tokenizer, rm.room, "preferences.jsonl")
+    groups = standardise(encode_rankings(train, tokenizer, rm.room, "preferences.jsonl"))
     val_groups = encode_rankings(val, tokenizer, rm.room, "preferences_val.jsonl")
     if cfg.wide_gap and not any(group.gold for group in val_groups):
         raise UserError('--wide-gap: no ranking in preferences_val.jsonl has "gold"')
-    new = min(cfg.max_new_tokens, rm.room * 4 // 5)  # the default fits a small model, too
     file = folder / "prompts.jsonl"
     texts = read_training(read_prompts, file, cfg) if file.exists() else [prompt for prompt, *_ in train]
-    prompts = encode_prompts(texts[:512], tokenizer, prompt_room(rm.room, new), "prompts.jsonl")
+    prompts = encode_prompts(texts[:512], tokenizer, prompt_room(rm.room, cfg.max_new_tokens), file.name)
 
     optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
@@ -152,19 +163,27 @@ def main(cfg):
     print(f"reward model: {len(groups)} prompts with {len(rows)} ranked responses, "
           f"{sum(rows)} tokens, read at {cfg.pool}, on {device}")
 
+    some = val_groups[: sample([sum(group.rows, []) for group in val_groups])]
+    curve = Curve(rm, lambda: measure_pairs(rm, some, cfg, device), steps, cfg.keep)
     rm.train()
-    done = run.begin(steps, rm=rm, optimizer=optimizer)
+    done = run.begin(cfg, steps, rm=rm, optimizer=optimizer, **curve.parts)
     for step, index in shuffled(**plan, generator=order, done=done, steps=steps):
+        if curve.over:
+            break
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
         loss, right = ranking_backward(rm, [groups[i] for i in index], cfg.micro_batch, device, step)
         norm = clip_and_step(rm, optimizer, 1.0, step)
-        if step % 25 == 0 or step == steps:
-            run.log(step, loss=loss, accuracy=right, lr=lr, grad_norm=norm)
-        run.after(step)
+        curve.add(loss=loss, accuracy=right, grad_norm=norm)
+        if step % 25 == 0 or step in (1, steps):
+            run.log(step, **curve.means(), lr=lr)
+        curve.look(step, run.log)
+        run.after(step, curve.over)
 
+    curve.restore()
     rm.eval()
     result = report_pairs(rm, val_groups, world, cfg, device)
-    normalise(rm, gpt, groups, prompts, new, tokenizer, cfg, device)
+    result |= report_words(result["accuracy"], groups, val_groups, curve)
+    normalise(rm, gpt, groups, prompts, tokenizer, cfg, device)
     run.finish(rm, tokenizer, result)
     print(f"reward model done: held-out accuracy {result['accuracy']:.1%}"
           + (f", ceiling {result['ceiling']:.1%}" if world else "") + f"; {run.result}\n")

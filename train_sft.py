@@ -8,25 +8,24 @@ their number in the whole optimizer step, so tokens of short and long answers co
     python train_sft.py --data my_folder                # your own sft.jsonl and sft_val.jsonl
     python train_sft.py --init out/gpt2.pt --lr 5e-5    # from GPT-2's weights, see tools/hf.py
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 
 from data.examples import encode_demonstrations, open_data, pad, response_mask
-from data.files import UserError
 from data.records import ANSWER, read_sft
 from data.split import read_split
-from data.tokenizer import get_tokenizer, train_tokenizer
-from lib.checkpoint import load, load_tokenizer, new_gpt
 from lib.checks import check_model
 from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
+from lib.curve import Curve, sample
 from lib.fast import in_pieces, prepare
 from lib.flags import Shared, bounded, cli, pick_device
 from lib.memory import check_training
-from lib.report import print_sample
+from lib.report import print_sample, report_ngrams
 from lib.resume import Run
-from model import GPT, GPTConfig
+from lib.start import start
+from model import GPTConfig
 
 
 @dataclass
@@ -37,17 +36,19 @@ class Config(Shared, GPTConfig):
     init: str = ""  # checkpoint to start from instead of from scratch; it fixes the sizes and tokenizer
     # model
     tokenizer: str = ""  # "gpt2", "bytes" or a BPE file; default: a BPE trained on the demonstrations
-    vocab_size: int = 1024  # of the BPE that is trained here
+    vocab_size: int = None  # of the BPE that is trained here
     n_layer: int = 4
     n_head: int = 4
     d_model: int = 128
-    block_size: int = bounded(128, 2)
+    block_size: int = bounded(None, 2)
+    dropout: float = bounded(None, 0, 0.99)
     # training
-    epochs: float = 3.0  # passes over the demonstrations
-    batch_tokens: int = 2048  # tokens in an optimizer step, padding included
+    epochs: float = None  # passes over the demonstrations
+    batch_tokens: int = None  # tokens in an optimizer step, padding included
     micro_batch: int = 16384  # tokens in a forward pass; without dropout it changes no result
-    lr: float = bounded(4e-3, 0)  # peak of the learning rate
+    lr: float = bounded(None, 0)  # peak of the learning rate
     weight_decay: float = bounded(0.1, 0)  # on matrices only
+    keep: str = "best"  # which weights are saved: the "best" on held-out data, or the "last"
 
 
 def sft_batch(rows, device):
@@ -99,20 +100,6 @@ def make_optimizer(gpt, cfg):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
-def start(cfg, train):
-    """A new GPT and its tokenizer, or those of the checkpoint --init."""
-    names = [field.name for field in fields(GPTConfig)]
-    if not cfg.init:
-        tokenizer = get_tokenizer(cfg.tokenizer) if cfg.tokenizer else train_tokenizer(
-            (text for example in train for text in example), cfg.vocab_size)
-        sizes = {name: getattr(cfg, name) for name in names}
-        return new_gpt(GPTConfig(**sizes | {"vocab_size": tokenizer.vocab_size})), tokenizer
-    for name in sorted({"tokenizer", *names} - {"dropout"}):
-        if getattr(cfg, name) != getattr(Config, name) or name in cfg.given:
-            raise UserError(f"--init fixes the sizes and tokenizer; remove --{name.replace('_', '-')}")
-    return load(GPT, cfg.init, cfg.dropout), load_tokenizer(cfg.init)
-
-
 def main(cfg):
     torch.manual_seed(cfg.seed)
     order = torch.Generator().manual_seed(cfg.seed)
@@ -121,7 +108,7 @@ def main(cfg):
     run = Run("sft", cfg, [folder / "sft.jsonl", folder / "sft_val.jsonl", cfg.init, cfg.tokenizer], device)
 
     train, val = read_split(read_sft, folder / "sft.jsonl", cfg)
-    gpt, tokenizer = start(cfg, train)
+    gpt, tokenizer, cfg = start(cfg, train)
     gpt.chat = fmean(prompt.endswith(ANSWER) for prompt, _ in train)  # sample.py asks
     check_model(prepare(gpt, device))
     prepare(gpt, device, cfg)
@@ -136,22 +123,29 @@ def main(cfg):
     print(f"SFT: {len(rows)} demonstrations, {sum(plan['lengths'])} tokens, {size} parameters, "
           f"vocabulary {tokenizer.vocab_size}, on {device}")
 
+    some, budget = val_rows[: sample([row for row, _ in val_rows])], min(cfg.batch_tokens, cfg.micro_batch)
+    curve = Curve(gpt, lambda: {"val_loss": evaluate(gpt, some, budget, device)}, steps, cfg.keep)
     gpt.train()
-    done = run.begin(steps, gpt=gpt, optimizer=optimizer)
+    done = run.begin(cfg, steps, gpt=gpt, optimizer=optimizer, **curve.parts)
     for step, index in shuffled(**plan, generator=order, done=done, steps=steps):
+        if curve.over:
+            break
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
         loss = sft_backward(gpt, [rows[i] for i in index], cfg.micro_batch, device, f"step {step}")
         norm = clip_and_step(gpt, optimizer, 1.0, step)
-        if step % 25 == 0 or step == steps:
-            run.log(step, loss=loss, lr=lr, grad_norm=norm)
+        curve.add(loss=loss, grad_norm=norm)
+        if step % 25 == 0 or step in (1, steps):
+            run.log(step, **curve.means(), lr=lr)
+        curve.look(step, run.log)
         if step % 100 == 0:
             row, P = val_rows[0]
             print_sample(gpt, tokenizer, row[:P])
-        run.after(step)
+        run.after(step, curve.over)
 
-    val_loss = evaluate(gpt, val_rows, min(cfg.batch_tokens, cfg.micro_batch), device)
+    curve.restore()
+    val_loss = evaluate(gpt, val_rows, budget, device)
     finite("held-out loss", loss=val_loss)
-    run.finish(gpt, tokenizer, {"val_loss": val_loss})
+    run.finish(gpt, tokenizer, {"val_loss": val_loss, **report_ngrams(val_loss, gpt, rows, val_rows, curve)})
     print(f"SFT done: held-out loss {val_loss:.4f} nats per completion token on {len(val_rows)} "
           f"demonstrations; {run.result}\n")
 

@@ -38,7 +38,8 @@ class Ranking(NamedTuple):
     rows: list
     ranks: list  # smaller is better
     texts: tuple  # (prompt, responses) as they were written
-    gold: list  # true scores where they are known, else None
+    gold: list | None  # true scores where they are known
+    ratings: list | None = None  # to be learned
 
 
 def encode_demonstrations(examples, tokenizer, room, name):
@@ -48,13 +49,27 @@ def encode_demonstrations(examples, tokenizer, room, name):
 
 
 def encode_rankings(examples, tokenizer, room, name):
-    """[(prompt, responses, ranks, gold)] -> [Ranking], rows of at most `room` tokens. UserError: none."""
+    """[(prompt, responses, ranks, gold, ratings)] -> [Ranking], rows of at most `room` tokens. UserError:
+    none fits."""
     groups = []
     for i, prompt, responses in _encode([example[:2] for example in examples], tokenizer, room, name):
-        text, texts, ranks, gold = examples[i]
-        rows = [prompt + response for response in responses]
-        groups.append(Ranking(prompt, rows, ranks, (text, texts), gold))
+        text, texts, *numbers = examples[i]
+        groups.append(Ranking(prompt, [prompt + response for response in responses], numbers[0],
+                              (text, texts), *numbers[1:]))
     return groups
+
+
+def standardise(groups):
+    """The groups with ratings of mean 0 and standard deviation 1, each different response counting once;
+    without any if all are equal."""
+    known = {(group.texts[0], text): x for group in groups if group.ratings
+             for text, x in zip(group.texts[1], group.ratings, strict=True)}
+    known = torch.tensor([*known.values()], dtype=torch.float64)
+    if not len(known) or not known.std(correction=0) > 0:
+        return [group._replace(ratings=None) for group in groups]
+    mean, sd = known.mean().item(), known.std(correction=0).item()
+    return [group._replace(ratings=group.ratings and [(x - mean) / sd for x in group.ratings])
+            for group in groups]
 
 
 def encode_prompts(prompts, tokenizer, room, name):

@@ -7,12 +7,12 @@ def ranking(items, prompt=""):
     """The items as a line of preferences.jsonl, best first; equal means share a rank. None: all are equal,
     which teaches nothing."""
     items = sorted(items, key=lambda item: -item.mean)
-    gold = [item.mean for item in items]
-    levels = sorted(set(gold), reverse=True)
+    ratings = [item.mean for item in items]
+    levels = sorted(set(ratings), reverse=True)
     if len(levels) < 2:
         return None
-    line = {"prompt": prompt, "responses": [item.text for item in items], "gold": gold}
-    return line | ({"ranks": [levels.index(g) for g in gold]} if len(levels) < len(items) else {})
+    line = {"prompt": prompt, "responses": [item.text for item in items], "ratings": ratings}
+    return line | ({"ranks": [levels.index(x) for x in ratings]} if len(levels) < len(items) else {})
 
 
 def rankings(items, each, size, rng, prompt=""):

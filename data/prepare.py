@@ -6,7 +6,7 @@
 Columns are found by their names, or given: chosen, rejected; a, b, choice; response, rating; text, rating;
 prompt, response; text; prompt. The first four may have a prompt beside them. A hash of the prompt, or of the
 text where there is none, says what is held out, so nothing is on both sides. Ratings of one text are averaged
-and make rankings, with the means as "gold". A text without a prompt is a demonstration in two parts: its
+and make rankings with the means as "ratings". A text without a prompt is a demonstration in two parts: its
 first 2 to 5 words, the prompt, and the rest. Nothing that exists is overwritten.
 """
 import argparse
@@ -95,7 +95,8 @@ def to_files(side, train, better, dropped):
         elif train:
             preferences += lists.rankings(items, EACH, lambda rng: K, random.Random(SEED), prompt)
         else:
-            preferences += [{"prompt": prompt, "chosen": a.text, "rejected": b.text, "gold": [a.mean, b.mean]}
+            preferences += [{"prompt": prompt, "chosen": a.text, "rejected": b.text,
+                             "ratings": [a.mean, b.mean]}
                             for a, b in lists.random_pairs(items, PAIRS, SEED)]
     preferences += objects("preferences", side.pairs)
     best = {prompt: max(item.mean for item in items) for prompt, items in groups.items()

@@ -7,9 +7,10 @@
                         or  {"prompt": "...", "responses": [best, ..., worst], "ranks": [0, 1, 1, 2]}
     prompts.jsonl       {"prompt": "..."}
 
-and NAME_val.jsonl beside each. "ranks" is optional: smaller is better, equal ranks are ties. "gold",
-also optional, holds each response's true score where it is known; it is only reported, never trained
-on. A "prompt", "completion", "chosen" or "rejected" may also be a list of messages,
+and NAME_val.jsonl beside each. "ranks" is optional: smaller is better, equal ranks are ties. So are
+"ratings", one number a response, larger is better: the reward model learns them beside the order; and
+"gold", each response's true score where it is known: it is only reported, never trained on (without it
+the ratings are reported). A "prompt", "completion", "chosen" or "rejected" may also be a list of messages,
 {"role": "user", "content": "..."}; a response is then a single assistant turn. Messages become the text
 of Anthropic's HH, wherever they stand: "\\n\\nHuman: ...\\n\\nAssistant: ...", and a prompt ends with
 "\\n\\nAssistant:". The column names are TRL's, so its files work here.
@@ -36,8 +37,8 @@ def read_sft(path, skip_bad=False):
 
 
 def read_preferences(path, skip_bad=False):
-    """[(prompt, responses, ranks, gold)]: at least two responses; smaller ranks are better; gold is a list
-    or None."""
+    """[(prompt, responses, ranks, gold, ratings)]: at least two responses; smaller ranks are better; the
+    last two are lists or None."""
     return _read(path, "preferences", _preference, skip_bad)
 
 
@@ -161,8 +162,8 @@ def _check(row, kind, prompt, responses, repeated, n=0):
         columns.check_repeated(prompt, responses, repeated)
         if kind == "preferences" and "responses" not in row:
             columns.check_repeated(prompt, responses[:1], '"chosen", but not of "rejected"; remove it there')
+    columns.check_order(row, n)
     if row.keys() - columns.READ[kind]:
-        columns.check_order(row, n)
         columns.check_names(row, kind, prompt, responses)
 
 
@@ -291,7 +292,8 @@ def _preference(row):
     else:
         prompt, *responses = _pair(row)
     ranks = _numbers(row, "ranks", len(responses)) if "ranks" in row else list(range(len(responses)))
-    gold = _numbers(row, "gold", len(responses)) if "gold" in row else None
+    ratings = _numbers(row, "ratings", len(responses)) if "ratings" in row else None
+    gold = _numbers(row, "gold", len(responses)) if "gold" in row else ratings
     if "responses" not in row and ranks[0] >= ranks[1]:
         raise UserError('"ranks" does not put "chosen" above "rejected"; delete it, or swap the two')
     if len(set(ranks)) < 2:
@@ -302,7 +304,7 @@ def _preference(row):
         _check_agreement(row, dict(zip(responses, ranks, strict=True)))
     repeated = "the responses; remove it there" + ', or drop the "prompt" column' * ("responses" not in row)
     _check(row, "preferences", prompt, responses, repeated, len(responses))
-    return prompt, responses, ranks, gold
+    return prompt, responses, ranks, gold, ratings
 
 
 def _pair(row):

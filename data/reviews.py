@@ -208,7 +208,7 @@ def build(source, target, choice, only=None):
         files["prompts" + side] = [{"prompt": line["prompt"]} for line in shown]
     files["preferences.jsonl"] = rankings(train)
     files["preferences_val.jsonl"] = [{"prompt": "", "chosen": a.text, "rejected": b.text,
-                                       "gold": [a.mean, b.mean]} for a, b in pairs]
+                                       "ratings": [a.mean, b.mean]} for a, b in pairs]
     write(target, files, choice)
     print(f"{len(train)} sentences to train on, {len(val)} held out; those of one or two words "
           f"are in preferences only")

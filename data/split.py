@@ -72,13 +72,14 @@ def _key(example):
 
 def _is_free_ranking(example):
     """Whether it is a ranking without a prompt."""
-    return not isinstance(example, str) and len(example) == 4 and not example[0].strip()
+    return not isinstance(example, str) and len(example) == 5 and not example[0].strip()
 
 
 def _without(ranking, gone):
     """The ranking without those responses; None if it then ranks nothing."""
-    prompt, responses, ranks, gold = ranking
+    prompt, *lists = ranking
+    responses, ranks, *_ = lists
     left = [i for i, text in enumerate(responses) if text not in gone]
     if len({ranks[i] for i in left}) < 2:
         return None
-    return prompt, [responses[i] for i in left], [ranks[i] for i in left], gold and [gold[i] for i in left]
+    return prompt, *(some and [some[i] for i in left] for some in lists)

@@ -80,7 +80,9 @@ def limits(field):
     """The smallest and the largest number that a field of a dataclass may be, see GPTConfig."""
     if field.type not in (int, float):
         return -math.inf, math.inf
-    low = -(2**31) if field.default < 0 else 0 if field.default == 0 else 1 if field.type is int else 1e-9
+    low = 1 if field.type is int else 1e-9
+    if field.default is not None and field.default <= 0:
+        low = -(2**31) if field.default < 0 else 0
     return field.metadata.get("limits", (low, 2**31))
 
 

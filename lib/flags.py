@@ -15,11 +15,12 @@ from lib.checkpoint import limits
 from lib.fast import compiler_fault, keep_memory
 from lib.memory import check_sizes, exhausted
 from lib.output import make_harmless
+from lib.threads import warn_if_busy
 
 
 def bounded(default, low, high=2**31):
     """A flag's default, and the numbers that it may be. Without, they are those above 0; also 0 and those
-    below where the default is such a one."""
+    below where the default is such a one. A default of None is left to lib/rules.py."""
     return dataclasses.field(default=default, metadata={"limits": (low, high)})
 
 
@@ -56,7 +57,9 @@ def cli(main, Config, legend=None):
                       "`python -m tools.bench --plan` estimates what PPO needs"):
         check_numbers(cfg)
         check_pairs(cfg)
-        check_sizes(cfg, pick_device(cfg.device).type)
+        check_sizes(cfg, (device := pick_device(cfg.device)).type)
+        print(f"{Path(sys.argv[0]).name}: on {device}, threads: {torch.get_num_threads()}", flush=True)
+        warn_if_busy(device)
         main(cfg)
 
 
@@ -95,7 +98,8 @@ def flags(main, Config, legend=None):
             how = {"type": field.type}
             if field.type is bool:
                 how = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
-            help = f"{note} (default {field.default!r})".replace("%", "%%")
+            default = "by the data" if field.default is None else repr(field.default)
+            help = f"{note} (default {default})".replace("%", "%%")
             group.add_argument("--" + name.replace("_", "-"), default=field.default, help=help, **how)
     return parser
 
@@ -120,12 +124,13 @@ def check_pairs(cfg):
         "--reward-scale does nothing without --reward": "reward_scale" in changed and not x["reward"],
         f"--reward-scale {x['reward_scale']}: expected first or none":
             x["reward"] and x["reward_scale"] not in ("first", "none"),
+        f"--keep {x['keep']}: expected best or last": x["keep"] not in (0.0, "best", "last"),
         "--rm does nothing with --reward": x["rm"] and x["reward"],
         "--minibatches must not exceed --batch": x["minibatches"] > x["batch"],
         "--d-model must be a multiple of --n-head":
             x["n_head"] and not x["init"] and x["d_model"] % x["n_head"],
         "--lr times --weight-decay must stay below 1: each step takes that share off every matrix":
-            x["lr"] * x["weight_decay"] >= 1,
+            (x["lr"] or 0) * x["weight_decay"] >= 1,
         "--vocab-size is for the BPE that is trained here; remove it, or --tokenizer":
             "vocab_size" in changed and x["tokenizer"],
     }

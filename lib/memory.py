@@ -73,13 +73,13 @@ def check_sizes(cfg, kind):
     """UserError: the flags ask for a network or a rollout that this machine can't hold, whatever the data."""
     x = vars(cfg)
     if {"vocab_size", "block_size", "n_layer", "d_model"} <= x.keys() and not x.get("init"):
-        parts = parameters(x["vocab_size"], x["block_size"], x["n_layer"], x["d_model"])
+        parts = parameters(x["vocab_size"] or 0, x["block_size"] or 0, x["n_layer"], x["d_model"])
         n = sum(parts.values())
         lower, what = max(parts, key=parts.get), f"a network of {n:.3g} parameters"
         check_fits(what, n * FLOAT, "cpu", lower)  # where it is made
         check_fits(f"training {what}", 4 * n * FLOAT, kind, lower)  # with gradients and AdamW's two moments
     if {"batch", "max_new_tokens"} <= x.keys():  # a token, its mask and seven numbers
-        tokens = x["batch"] * x["max_new_tokens"]
+        tokens = x["batch"] * (x["max_new_tokens"] or 1)
         check_fits(f"a rollout of {tokens:.3g} tokens", tokens * (9 + 7 * FLOAT), kind,
                    "--batch or --max-new-tokens")
 

@@ -4,11 +4,14 @@ import math
 from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 
 from data.examples import pad
+from data.files import UserError
+from lib.baselines import Linear, ngram_losses
 from lib.common import masked_mean
 from lib.generate import generate
-from lib.rewards import in_units, score_rows, split_texts
+from lib.rewards import in_units, scale_of, score_rows, split_texts
 from lib.state import check_plain
 
 
@@ -20,6 +23,26 @@ def print_sample(gpt, tokenizer, prompt):
     tokens, lengths = generate(gpt, tokens, lengths, gpt.config.block_size - P, eos=tokenizer.eos)
     print(f"      | {tokenizer.decode(prompt)} >>{tokenizer.decode(tokens[0, P:lengths[0]].tolist())}")
     gpt.train()
+
+
+# ---- SFT ----
+
+def report_ngrams(loss, gpt, rows, val_rows, curve):
+    """Print and return the loss of n-gram models of the same tokens beside the network's, in nats."""
+    unigram, bigram = ngram_losses(rows, val_rows, gpt.config.vocab_size)
+    print(f"beside it: counts of single tokens have a loss of {unigram:.4f}, of pairs {bigram:.4f}: "
+          + compare(bigram - loss, "nats", "pairs", curve))
+    return {"unigram_loss": unigram, "bigram_loss": bigram}
+
+
+def compare(lead, unit, other, curve):
+    """How far the network is ahead of what is trivial; if it is not, the likely cause and the flag."""
+    if lead > 0:
+        return f"the network is ahead of {other} by {lead:.3g} {unit}"
+    cause = ("it was still improving when it ended: raise --epochs" if curve.improving else
+             "it was best before the end, and then learned the texts by heart: raise --dropout, lower --lr, "
+             "or add data")
+    return f"warning: the network is behind {other} by {-lead:.3g} {unit}; {cause}"
 
 
 # ---- reward model ----
@@ -44,6 +67,15 @@ def held_out_pairs(groups, scores, world):
                 prompt, responses = group.texts
                 best.append(world.ceiling(prompt, responses[i], responses[j]) if world else math.nan)
     return torch.tensor(gap), torch.tensor(longer), torch.tensor(gold), torch.tensor(best)
+
+
+def measure_pairs(rm, groups, cfg, device):
+    """Accuracy and loss on all pairs of the groups, while the reward model trains."""
+    rows, was = [row for group in groups for row in group.rows], rm.training
+    scores = score_rows(rm.eval(), rows, min(cfg.batch_tokens, cfg.micro_batch), device)
+    gap = held_out_pairs(groups, scores, None)[0]
+    rm.train(was)
+    return {"val_accuracy": accuracy(gap).mean().item(), "val_loss": -F.logsigmoid(gap).mean().item()}
 
 
 def report_pairs(rm, groups, world, cfg, device):
@@ -74,6 +106,17 @@ def report_pairs(rm, groups, world, cfg, device):
           + ("unknown: one of them does not vary" if math.isnan(result["length_correlation"]) else
              f"{result['length_correlation']:+.2f}"))
     return result
+
+
+def report_words(right, groups, val_groups, curve):
+    """Print and return how well linear regression on words orders the held-out pairs, beside `right`, the
+    reward model's accuracy."""
+    linear = Linear(groups)
+    scores = torch.tensor([linear.score(text) for group in val_groups for text in group.texts[1]])
+    other = accuracy(held_out_pairs(val_groups, scores, None)[0]).mean().item()
+    print(f"beside it: ridge regression on which words occur in a response has {other:.1%}: "
+          + compare(100 * (right - other), "points", "it", curve))
+    return {"ridge_accuracy": other}
 
 
 def by_margin(margin, right):
@@ -119,11 +162,11 @@ def measure(batch, tokenizer, world):
             "eos": batch["ended"].float(), "length": mask.sum(1).float(), "texts": texts}
 
 
-def evaluate(phases, models, prompts, world, cfg, device):
+def evaluate(phases, prompts, world, cfg, device, models, seed=0):
     """One response to each held-out prompt, always with the same random numbers: lists with an entry a
     prompt; gold and judge are empty where there is no such thing. phases: rollout and assess of ppo.py."""
     rollout, assess = phases
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     result = {name: [] for name in ("score", "raw", "judge", "kl", "gold", "eos", "length", "texts")}
     for start in range(0, len(prompts), cfg.batch):
         some = prompts[start : start + cfg.batch]
@@ -134,6 +177,37 @@ def evaluate(phases, models, prompts, world, cfg, device):
         for name, x in {**measure(batch, models.tokenizer, world), "judge": judged}.items():
             result[name] += x.tolist() if torch.is_tensor(x) else x
     return in_units(result, models.score, cfg.no_eos_score)
+
+
+def best_of(n, held_out, models, before):
+    """The result of `evaluate` for the best by score of n samples of the SFT model a prompt, `before` being
+    the first; what a policy without any training gets from the same reward. held_out(models, seed=...)."""
+    sft = models._replace(policy=models.ref)
+    results = [before, *(held_out(sft, seed=seed) for seed in range(1, n))]
+    best = [max(range(n), key=lambda k, i=i: results[k]["score"][i]) for i in range(len(before["score"]))]
+    chosen = {name: [results[k][name][i] for i, k in enumerate(best)] if before[name] else []
+              for name in before}
+    kl = math.log(n) - (n - 1) / n  # at most (Beirami et al. 2024, theorem 1)
+    return chosen | {"kl": [kl] * len(best)}
+
+
+def look(run, update, before, seen, best, warn, tokenizer, budget):
+    """Log and print a result of `evaluate`; keep the policy if it is the best within the KL budget.
+
+    UserError: it has diverged, and the best so far is saved.
+    """
+    was, now = means(before), means(seen)
+    if update < run.log.steps:  # else the table comes
+        run.log.report(update=update, **now)
+        print(f"      held out: {describe(now)}")
+        warn.compare(before, seen)
+    if not budget or now["kl"] <= budget:
+        best.offer(update, now["score"])
+    if now["kl"] > 50 or now["eos"] == 0 and was["eos"] > 0.25:
+        kept = run.save_best(best, tokenizer)
+        raise UserError(f"after update {update} the policy has diverged: its KL is {now['kl']:.1f} nats a "
+                        f"response and {now['eos']:.0%} of its responses end. {run.result} is not replaced"
+                        f"{kept}. Raise --kl-coef or lower --lr")
 
 
 def explained_variance(value, ret, mask):
@@ -172,6 +246,12 @@ def win_rate(after, before):
     return fmean([(a > b) + 0.5 * (a == b) for a, b in zip(after, before, strict=True)])
 
 
+def results(before, chosen, after, updates, score):
+    """The reports that the log ends with."""
+    return ({"update": 0, **means(before), **scale_of(score)}, {"best_of": 4, **means(chosen)},
+            {"update": updates, **means(after), **win_rates(after, before)})
+
+
 def win_rates(after, before):
     """The win rates that the log keeps; gold and judge only where there is such a thing."""
     wins = {f"{name}_win_rate": win_rate(after[name], before[name])
@@ -191,11 +271,12 @@ def samples(before, after):
     return rows
 
 
-def print_table(before, after, world, show):
-    """The same held-out prompts under the SFT model and under PPO, then the first texts, unedited."""
+def print_table(before, chosen, after, world, show):
+    """The same held-out prompts under the SFT model, the best of its samples, and PPO, then the first texts,
+    unedited."""
     names = "".join(f"{name:>11}" for name in means(before))
     print(f"\n{len(before['texts'])} held-out prompts   {names}")
-    for name, result in (("SFT", before), ("PPO", after)):
+    for name, result in (("SFT", before), ("SFT, best of 4", chosen), ("PPO", after)):
         print(f"{name:<21}   " + "".join(f"{x:11.3f}" for x in means(result).values()))
     print(f"PPO scores higher than SFT in {win_rate(after['score'], before['score']):.1%}", end="")
     if world:
@@ -205,6 +286,7 @@ def print_table(before, after, world, show):
     if before["judge"]:
         print(f", with the judge in {win_rate(after['judge'], before['judge']):.1%}", end="")
     print(" (ties half)")
+    print(beside_best_of(means(chosen), means(after)))
     for sentence in gain_from_ends(before, after):
         print(f"warning: {sentence}")
     for i in range(min(show, len(before["texts"]))):
@@ -213,6 +295,19 @@ def print_table(before, after, world, show):
             gold = f", gold {result['gold'][i]:.2f}" if world else ""
             print(f"  {name} (score {result['score'][i]:+.2f}{gold}):{result['texts'][i][1]}")
     print()
+
+
+def beside_best_of(chosen, after):
+    """A sentence: PPO beside the best of 4, by score, and by gold where it is known."""
+    lead = {name: after[name] - chosen[name] for name in ("score", "gold") if name in after}
+    sentence = "PPO beside the best of 4 samples of the SFT model: " + ", ".join(
+        f"{name} {x:+.3f}" for name, x in lead.items())
+    if lead["score"] <= 0:
+        return f"warning: {sentence}; taking the best of 4 does as much: raise --updates or --kl-budget"
+    if lead.get("gold", 1) <= 0:
+        return (f"warning: {sentence}; the score was raised, but not the truth: raise --kl-coef, or improve "
+                "the reward model")
+    return sentence
 
 
 class Warnings:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import zlib
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Run:
     """One run of a script, its log, saved state and result, in the order in which things must happen:
 
         run = Run("sft", cfg, files, device)       # first of all: refuses a --resume that does not fit
-        done = run.begin(steps, gpt=gpt, ...)      # opens the log, fills the parts from the saved state
+        done = run.begin(cfg, steps, gpt=gpt, ...) # opens the log, fills the parts from the saved state
         run.log(step, loss=loss); run.after(step)  # at each step
         run.finish(gpt, tokenizer, {"loss": ...})  # writes out/sft.pt and the report, marks the run finished
 
@@ -59,10 +60,11 @@ class Run:
             raise UserError("--out is empty: name a folder")
         out = Path(cfg.out)
         self.cfg, self.caught, self.step, self.handlers, self.pid = cfg, 0, None, {}, os.getpid()
+        self.idle = False
         self.result, self.log_path, self.finished = (
             out / f"{name}{end}" for end in (".pt", ".log.jsonl", ".finished.pt"))
         self.path, self.running_log = out / f"{name}.state.pt", out / f"{name}.state.jsonl"
-        self.samples = out / f"{name}.samples.jsonl"
+        self.samples, self.best = out / f"{name}.samples.jsonl", out / f"{name}.best.pt"
         self._refuse_own_files(files)
         self.lock = lock(out)
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
@@ -77,7 +79,8 @@ class Run:
 
     def _refuse_own_files(self, files):
         """UserError: the run would read what it writes or moves."""
-        ours = [self.result, self.log_path, self.finished, self.path, self.running_log, self.samples]
+        ours = [self.result, self.log_path, self.finished, self.path, self.running_log, self.samples,
+                self.best]
         ours = {os.path.realpath(path): path for path in [*ours, *map(previous, ours)]}
         for file in filter(None, files):
             if path := ours.get(os.path.realpath(file)):
@@ -110,8 +113,10 @@ class Run:
         last = unpickle(self.finished, {"start", "step"}, "saved state", mmap=False)
         return says_plainly(last) and (last["start"], last["step"]) == (saved["start"], saved["step"])
 
-    def begin(self, steps, **parts):
+    def begin(self, cfg, steps, **parts):
         """Open the log and fill `parts` from the saved state, if any; returns the number of steps done.
+
+        cfg goes into the log: the run's, with the flags that nobody gave filled in.
 
         A part is a model, an optimizer, a generator, a dict of plain numbers, or has state_dict and
         load_state_dict, which raises ValueError for what it can't continue from.
@@ -124,11 +129,14 @@ class Run:
         elif self.path.exists():  # else the log of an unfinished run is worth nothing
             keep_previous(self.running_log)
             keep_previous(self.path)
-        self.log = Log(self.running_log, self.cfg, steps, saved)
+        self.log = Log(self.running_log, cfg, saved["steps"] if saved else steps, saved)
         self.step = self.saved_step = saved["step"] if saved else 0
         self.handlers = {n: signal.signal(n, self._stop) for n in stop_signals()}
         if saved:
             print(f"resuming after step {self.step} of {steps}")
+            if saved.get("threads", torch.get_num_threads()) != torch.get_num_threads():
+                print(f"with another number of threads than before ({saved['threads']!s:.20}) it rounds in "
+                      "another way, so it will not end with the same bits")
         self._remember()
         return self.step
 
@@ -140,7 +148,9 @@ class Run:
         if fingerprint(self.running_log, log) != log:
             raise UserError(f"--resume: {self.running_log} is missing, or is not the log of that run")
         try:
-            if step != saved["step"] or step > steps or saved["parts"].keys() != self.parts.keys():
+            ends = saved.setdefault("steps", steps)
+            if (step != saved["step"] or type(ends) is not int or not step <= ends <= steps
+                    or saved["parts"].keys() != self.parts.keys()):
                 raise ValueError(f"step {saved['step']} of {steps}, parts {', '.join(saved['parts'])}")
             for name, part in self.parts.items():
                 check_state(part, saved["parts"][name], name)
@@ -154,8 +164,11 @@ class Run:
             why = (str(error).splitlines() or [type(error).__name__])[-1].strip()
             raise UserError(f"{self.path} does not fit this run ({why:.300})") from None
 
-    def after(self, step):
-        """Call after every step: saves when due and at the last one, exits if a signal asked for it."""
+    def after(self, step, last=False):
+        """Call after every step: saves when due and at the last one, exits if a signal asked for it. last:
+        the run ends earlier than was planned."""
+        if last:
+            self.log.steps = step
         stop, every, steps = self.caught, self.cfg.save_every, self.log.steps  # once: a signal may come
         try:
             if stop or step == steps or every and step % every == 0:
@@ -190,13 +203,27 @@ class Run:
             if isinstance(part, torch.nn.Module):
                 check_finite(part, f"step {step}")
         os.fsync(self.log.file.fileno())
-        write(self.path, {"start": self.start, "step": step, "logged": step,
+        write(self.path, {"start": self.start, "threads": torch.get_num_threads(),
+                          "step": step, "steps": self.log.steps, "logged": step,
                           "log": fingerprint(self.running_log, {"size": logged or self.log.file.tell()}),
                           "probes": {name: probe(part) for name, part in self.parts.items()
                                      if isinstance(part, torch.nn.Module)},
                           "parts": {name: between[name] if name in between else get_state(part)
                                     for name, part in self.parts.items()}})
         self.saved_step = step
+
+    @contextmanager
+    def between_steps(self):
+        """Inside, nothing is learned: a signal ends the run at once, with the last step saved."""
+        self.idle = True
+        try:
+            yield
+        except Stopped:
+            if self.step < self.log.steps:
+                print(f"stopped: {self.save_now()}")
+            raise
+        finally:
+            self.idle = False
 
     def _stop(self, number, frame):
         self._restore_handlers()  # a second signal stops at once
@@ -207,6 +234,8 @@ class Run:
                 return tell("\nwriting the result; once more to stop\n")
             tell(f"\nthe training is done and saved in {self.path}; rerun with --resume to finish\n")
             raise Stopped(128 + number)
+        if self.idle:
+            raise Stopped(128 + number)
         self.caught = number
         tell("\nfinishing this step\n")
 
@@ -214,10 +243,18 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def finish(self, model, tokenizer, *reports, samples=()):
-        """Write the reports (dicts of numbers) into the log, then put result, samples (dicts, if any), log
-        and mark in place of the earlier generation. A kill at any moment leaves a whole generation or a state
-        to resume from."""
+    def save_best(self, best, tokenizer, keep="other"):
+        """Write the weights that lib.curve.Best holds, if any, beside the result; the end of a sentence."""
+        if not best.now["step"]:
+            keep_previous(self.best)
+            return ""
+        save(self.best, best.copy, tokenizer, keep)
+        return f"; {self.best} is the policy after update {best.now['step']}, the best within --kl-budget"
+
+    def finish(self, model, tokenizer, *reports, samples=(), best=None):
+        """Write the reports (dicts of numbers) into the log, then put result, samples (dicts, if any), best
+        (a lib.curve.Best, if any), log and mark in place of the earlier generation. A kill at any moment
+        leaves a whole generation or a state to resume from."""
         for numbers in reports:
             self.log.report(**numbers)
         os.fsync(self.log.file.fileno())
@@ -227,6 +264,8 @@ class Run:
         save(self.result, model, tokenizer, keep)
         if samples:
             write(self.samples, samples, keep, write_lines)
+        if best:
+            self.save_best(best, tokenizer, keep)
         keep_previous(self.finished)
         keep_previous(self.log_path)
         replace(self.running_log, self.log_path)

@@ -283,7 +283,7 @@ def test_a_conversation_is_the_same_text_in_every_place(write):
                 {"prompt": turns, "responses": [[YES], [NO]]},
                 {"chosen": [*turns, YES], "rejected": [*turns, NO]},
                 {"chosen": prompt + " yes", "rejected": prompt + " no"}):
-        assert read_preferences(write(row)) == [(prompt, [" yes", " no"], [0, 1], None)]
+        assert read_preferences(write(row)) == [(prompt, [" yes", " no"], [0, 1], None, None)]
     for row in ({"prompt": turns}, {"prompt": prompt}):
         assert read_prompts(write(row)) == [prompt]
     assert prompt.startswith(QUESTION) and prompt.endswith(ANSWER)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PATCHES = {path.stem: path.read_text() for path in sorted((ROOT / "hacks").glob("*.patch"))}
 # the worked examples of docs/hacking.md, and the settings that turn each on
 EXAMPLES = {"attention_pool": {"rm": {"pool": "attention"}}, "entropy_bonus": {"ppo": {"entropy_coef": 0.1}},
-            "best_policy": {}, "score_sd": {}}
+            "score_sd": {}}
 TEXTS = PATCHES | {path.stem: path.read_text() for path in (ROOT / "hacks/examples").glob("*.patch")}
 MOST = {"llama": 45, "llama_hf": 80}  # lines added; others: 25
 BASE = {"llama_hf": "llama"}  # applied first

@@ -14,6 +14,7 @@ from data import split
 from data.files import UserError
 from data.records import read_preferences, read_prompts, read_sft
 from data.split import held_out, read_split, read_training
+from lib import report
 from lib.flags import Shared, check_pairs, flags
 
 WORDS = "a the cat dog sees likes red big and film plot".split()
@@ -54,23 +55,23 @@ def test_a_prompt_is_on_one_side_in_all_three_files(tmp_path):
 
 def test_rankings_without_a_prompt_share_no_response_across_the_sides():
     texts, rng = some_texts(80), random.Random(1)
-    rankings = [("", rng.sample(texts, 4), [0, 1, 1, 2], [3, 2, 2, 1]) for _ in range(150)]
+    rankings = [("", rng.sample(texts, 4), [0, 1, 1, 2], [3, 2, 2, 1], None) for _ in range(150)]
     train, val, lost = split.split(rankings, 0.1)
     used = [{text for ranking in side for text in ranking[1]} for side in (train, val)]
     assert val and train and not used[0] & used[1]
     assert len(train) + len(val) + lost == 150 and lost == sum(
         len({r for t, r in zip(x[1], x[2], strict=True) if t not in used[1]}) < 2
         for x in rankings if x not in val)
-    assert all(len(r) == len(ranks) == len(gold) > 1 for _, r, ranks, gold in train)
-    for _, _, ranks, gold in train:  # what is left keeps its rank and its gold
+    assert all(len(r) == len(ranks) == len(gold) > 1 for _, r, ranks, gold, _ in train)
+    for _, _, ranks, gold, _ in train:  # what is left keeps its rank and its gold
         assert all((rank, g) in ((0, 3), (1, 2), (2, 1)) for rank, g in zip(ranks, gold, strict=True))
-    pairs = [("", [f"{i} a", f"{i} b"], [0, 1], None) for i in range(200)]
+    pairs = [("", [f"{i} a", f"{i} b"], [0, 1], None, None) for i in range(200)]
     train, val, lost = split.split(pairs, 0.1)
     assert lost == 0 and len(train) + len(val) == 200 and 8 < len(val) < 35
 
 
 def test_with_a_prompt_a_response_may_be_on_both_sides():
-    rankings = [(f"prompt {i}", ["yes", "no"], [0, 1], None) for i in range(200)]
+    rankings = [(f"prompt {i}", ["yes", "no"], [0, 1], None, None) for i in range(200)]
     train, val, lost = split.split(rankings, 0.1)
     assert lost == 0 and len(train) + len(val) == 200
 
@@ -210,10 +211,10 @@ def test_samples_hold_every_held_out_response_before_and_after(made, tmp_path):
     assert all({"prompt", "response", "model", "score", "judge", "kl", "eos", "length"} == row.keys()
                for row in rows)
     reports = [line["report"] for line in lines(tmp_path / "ppo.log.jsonl") if "report" in line]
-    for some, report in ((rows[::2], reports[0]), (rows[1::2], reports[-1])):
+    for some, last in ((rows[::2], reports[0]), (rows[1::2], reports[-1])):
         for name in ("score", "judge", "kl", "eos", "length"):
             mean = sum(row[name] for row in some) / len(some)
-            assert mean == pytest.approx(report[name], abs=1e-6)
+            assert mean == pytest.approx(last[name], abs=1e-6)
     assert any(a["response"] != b["response"] for a, b in zip(rows[::2], rows[1::2], strict=True))
     assert all(row["kl"] == pytest.approx(0, abs=1e-5) for row in rows[::2])
 
@@ -271,8 +272,8 @@ def test_killed_while_it_finishes_samples_and_those_before_them_are_whole(made, 
 def test_the_legend_of_ppo_names_every_column_of_its_log(made, tmp_path):
     run_ppo(made, tmp_path, updates=1, judge=str(made / "b/rm.pt"), kl_target=1.0)
     names = {name for line in lines(tmp_path / "ppo.log.jsonl") for name in line.get("report", line)}
-    text = flags(ppo.main, ppo.Config, ppo.LEGEND).format_help()
+    text = flags(ppo.main, ppo.Config, report.LEGEND).format_help()
     legend = text[text.index("columns, while it trains"):]
-    for name in names - {"config", "step", "update"}:
+    for name in names - {"config", "step", "update", "best_of"}:
         assert name.removesuffix("_win_rate") in legend or name == "win_rate", name
     assert "columns, while" not in flags(train_sft.main, train_sft.Config).format_help()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from statistics import fmean
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from helpers import (
 )
 
 import lib.rewards
+import lib.start
 import model
 import ppo
 import sample
@@ -35,6 +37,8 @@ from data.examples import encode_demonstrations, encode_prompts, encode_rankings
 from data.files import UserError
 from data.records import read_preferences, read_prompts, read_sft
 from data.tokenizer import train_tokenizer
+from lib import curve, report
+from lib.baselines import ngram_losses
 from lib.checkpoint import load, load_tokenizer, save
 from lib.fast import prepare
 from lib.flags import check_numbers, cli
@@ -101,7 +105,7 @@ def names(folder):
 def test_every_stage_writes_its_files(made):
     assert names(made / "out") == sorted([*(f"{stage}{end}" for stage in ("sft", "rm", "ppo")
                                             for end in (".pt", ".log.jsonl", ".finished.pt")),
-                                          "ppo.samples.jsonl"])
+                                          "ppo.samples.jsonl", "ppo.best.pt"])
     for name, kind in (("sft", GPT), ("rm", RewardModel), ("ppo", GPT)):
         net = load(kind, made / "out" / f"{name}.pt")
         assert not net.training and load_tokenizer(made / "out" / f"{name}.pt").name == "bytes"
@@ -139,8 +143,9 @@ def test_the_log_of_ppo(made):
         assert 0 < line["entropy"] < math.log(257) and line["update_kl"] >= 0
     assert updates[0]["kl"] == 0  # the policy is still the reference
     assert updates[2]["kl"] != 0
-    before, after = (line["report"] for line in log[-2:])
+    before, chosen, after = (line["report"] for line in log[-3:])
     assert before["update"] == 0 and before["kl"] == 0 and after["update"] == 3
+    assert chosen["best_of"] == 4 and chosen["score"] > before["score"]
     assert 0 <= after["win_rate"] <= 1
 
 
@@ -150,7 +155,9 @@ def test_the_results_of_sft_and_rm_are_those_on_held_out_data(made):
     rows = encode_demonstrations(read_sft(made / "data/sft_val.jsonl"), BYTES, 32, "")
     loss, count = train_sft.sft_loss(gpt, *train_sft.sft_batch(rows, CPU))
     report = lines(made / "out/sft.log.jsonl")[-1]["report"]
-    assert report == {"val_loss": pytest.approx(loss.item() / count, rel=1e-4)}
+    assert report.pop("val_loss") == pytest.approx(loss.item() / count, rel=1e-4)
+    train = encode_demonstrations(read_sft(made / "data/sft.jsonl"), BYTES, 32, "")
+    assert (report["unigram_loss"], report["bigram_loss"]) == ngram_losses(train, rows, 257)
     groups, pairs, right, longer = read_preferences(made / "data/preferences_val.jsonl"), 0, 0, 0
     for group in encode_rankings(groups, BYTES, 32, ""):
         scores, n = rm.score(*pad(group.rows)).tolist(), [len(row) for row in group.rows]
@@ -318,6 +325,7 @@ def test_learning_rates_and_log_of_sft_and_rm(made, tmp_path, monkeypatch, spy, 
         norms.append(shipped(model, optimizer, clip, number))
         return norms[-1]
     monkeypatch.setattr(script, "clip_and_step", step)
+    monkeypatch.setattr(curve, "PATIENCE", 99)  # it does not end early
     shutil.copy(made / "out/sft.pt", tmp_path)
     settings = {"data": str(made / "data"), "out": str(tmp_path), "lr": 1e-3, "save_every": 0}
     settings |= {**SIZES, "batch_tokens": 16} if script is train_sft else {**RM, "batch_tokens": 80}
@@ -327,17 +335,20 @@ def test_learning_rates_and_log_of_sft_and_rm(made, tmp_path, monkeypatch, spy, 
     for s, rates in enumerate(seen, 1):
         fall = 0.1 + 0.9 * (1 + math.cos(math.pi * (s - 1) / S)) / 2
         assert [*rates] == [pytest.approx(1e-3 * min(1, s / (S // 10)) * fall)]
+    last = 0
     for line in steps(tmp_path / ("sft.log.jsonl" if script is train_sft else "rm.log.jsonl")):
         s = line["step"]
-        loss = losses[s - 1][1]
-        loss = {"loss": loss} if script is train_sft else {"loss": loss[0], "accuracy": loss[1]}
-        assert line == {"step": s, **loss, "lr": seen[s - 1].pop(), "grad_norm": norms[s - 1]}
-    assert [bool(rates) for rates in seen] == [s % 25 != 0 and s != S for s in range(1, S + 1)]
+        numbers = [x if script is train_rm else (x,) for _, x in losses[last:s]]  # since the last line
+        means = dict(zip(("loss", "accuracy"), map(fmean, zip(*numbers, strict=True)), strict=False))
+        assert line == pytest.approx({"step": s, **means, "lr": seen[s - 1].pop(),
+                                      "grad_norm": fmean(norms[last:s])})
+        last = s
+    assert [bool(rates) for rates in seen] == [s % 25 != 0 and s not in (1, S) for s in range(1, S + 1)]
 
 
 def test_the_bpe_is_trained_on_the_training_demonstrations(made, tmp_path, monkeypatch):
     texts = []
-    monkeypatch.setattr(train_sft, "train_tokenizer", lambda some, size: texts.extend(some) or BYTES)
+    monkeypatch.setattr(lib.start, "train_tokenizer", lambda some, size: texts.extend(some) or BYTES)
     train_sft.main(train_sft.Config(**SIZES | {"tokenizer": "", "data": str(made / "data"),
                                                "out": str(tmp_path), "epochs": 0.1}))
     assert texts == [text for pair in read_sft(made / "data/sft.jsonl") for text in pair]
@@ -346,8 +357,8 @@ def test_the_bpe_is_trained_on_the_training_demonstrations(made, tmp_path, monke
 def test_the_sampler_goes_on_and_evaluation_is_held_out_and_has_its_own_random_numbers(made, run, monkeypatch,
                                                                                       spy):
     """11 updates, so that one evaluation comes between two of them."""
-    rollouts, held_out, tables = [], [], spy(ppo, "print_table")
-    rollout, evaluate, where = ppo.rollout, ppo.evaluate, [rollouts]
+    rollouts, held_out, tables = [], [], spy(report, "print_table")
+    rollout, evaluate, where = ppo.rollout, report.evaluate, [rollouts]
 
     def watched_rollout(policy, prompts, eos, cfg, generator):
         before = generator.get_state()
@@ -355,13 +366,13 @@ def test_the_sampler_goes_on_and_evaluation_is_held_out_and_has_its_own_random_n
         where[-1].append((before, generator.get_state(), prompts))
         return batch
 
-    def watched_evaluate(*args):
+    def watched_evaluate(*args, **seed):
         where.append(inside := [])
-        held_out.append((evaluate(*args), inside))
+        held_out.append((evaluate(*args, **seed), inside))
         where.pop()
         return held_out[-1][0]
     monkeypatch.setattr(ppo, "rollout", watched_rollout)
-    monkeypatch.setattr(ppo, "evaluate", watched_evaluate)
+    monkeypatch.setattr(report, "evaluate", watched_evaluate)
     out = run(updates=11, epochs=1, minibatches=1, max_new_tokens=4, seed=3)
 
     rollouts = rollouts[1:]  # the first is the self-check's
@@ -372,16 +383,21 @@ def test_the_sampler_goes_on_and_evaluation_is_held_out_and_has_its_own_random_n
     assert sorted(p for *_, some in rollouts[:8] for p in some) == sorted(prompts)  # an epoch: each once
 
     val, results = read_prompts(made / "data/prompts_val.jsonl"), [result for result, _ in held_out]
-    assert len(results) == 3
-    for result, inside in held_out:
+    assert len(results) == 3 + 3  # and three more samples a prompt of the SFT model
+    for seed, (result, inside) in zip((0, 0, 0, 1, 2, 3), held_out, strict=True):
         assert [prompt for prompt, _ in result["texts"]] == val
-        assert torch.equal(inside[0][0], gen(0).get_state())
-    (before, after, *_), _ = tables[0]
+        assert torch.equal(inside[0][0], gen(seed).get_state())
+    (before, chosen, after, *_), _ = tables[0]
     assert before is results[0] and after is results[2]
+    four = [results[0], *results[3:]]
+    assert chosen["score"] == [max(some) for some in zip(*(r["score"] for r in four), strict=True)]
+    assert all(chosen["texts"][i] in [r["texts"][i] for r in four if r["score"][i] == chosen["score"][i]]
+               for i in range(8))
     reports = [line["report"] for line in lines(out / "ppo.log.jsonl") if "report" in line]
-    assert [report["update"] for report in reports] == [10, 0, 11]  # the order of the log
-    for report, result in zip(reports, (results[1], results[0], results[2]), strict=True):
-        assert means(result).items() <= report.items()
+    assert [report.get("update") for report in reports] == [10, 0, None, 11]  # the order of the log
+    reports.pop(2)
+    for report_, result in zip(reports, (results[1], results[0], results[2]), strict=True):
+        assert means(result).items() <= report_.items()
     wins = [(a > b) + 0.5 * (a == b) for a, b in zip(results[2]["score"], results[0]["score"], strict=True)]
     assert reports[2]["win_rate"] == sum(wins) / 8
 
@@ -398,9 +414,9 @@ def test_the_kl_of_each_rollout_steers_the_coefficient_of_the_next(run, spy):
         assert line["explained"] == explained and whole["mask"].any()
         gap = torch.where(batch["mask"], batch["logp"] - batch["ref_logp"], 0.0)
         assert kl == line["kl"] == pytest.approx(gap.sum(1).mean().item(), abs=1e-6)
-        assert kl_coef == old == coef and lam == 0.9 and rest == [0.1, 8, 40]
-        coef = line["kl_coef"]
-        assert coef == new != old
+        assert kl_coef == old == coef == line["kl_coef"] and lam == 0.9 and rest == [0.1, 8, 40]
+        coef = new
+        assert new != old
     assert len({line["kl"] for line in updates}) == 4
 
 
@@ -422,7 +438,7 @@ def test_variants_run(run, made, settings):
     updates = steps(run(**settings) / "ppo.log.jsonl")
     assert len(updates) == 3 and all(math.isfinite(x) for line in updates for x in line.values())
     if "kl_target" in settings:  # no KL yet, so the first step is the largest one down
-        assert updates[0]["kl_coef"] == pytest.approx(ppo.Config.kl_coef * (1 - 0.2 * 8 / 40))
+        assert updates[1]["kl_coef"] == pytest.approx(ppo.Config.kl_coef * (1 - 0.2 * 8 / 40))
     else:
         assert updates != steps(made / "out/ppo.log.jsonl")
 

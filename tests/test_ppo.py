@@ -18,6 +18,7 @@ import lib.generate
 import ppo
 from data.examples import encode_prompts, pad, response_mask
 from data.files import UserError
+from lib import report
 from lib.checkpoint import load, save
 from lib.common import Cycle, micro_batches
 from lib.report import evaluate, explained_variance, means, win_rate
@@ -729,16 +730,16 @@ def test_P29_entropy_is_that_of_the_policy():
     mask, logits = batch["mask"], models.policy(batch["tokens"])[:, :-1] / 0.7
     exact = torch.distributions.Categorical(logits=logits).entropy()[mask].detach()
     noise = (-batch["logp"][mask] - exact).std() / mask.sum() ** 0.5
-    stats = ppo.rollout_stats(batch, NUMBERS, None)
+    stats = report.rollout_stats(batch, NUMBERS, None)
     assert abs(stats["entropy"] - exact.mean().item()) < 3 * noise and noise < 0.05
     for poison in POISON:
         bad = {k: poisoned(batch[k], mask, poison) for k in ("logp", "ref_logp", "value", "ret")}
-        assert ppo.rollout_stats({**batch, **bad}, NUMBERS, None) == pytest.approx(stats, nan_ok=True)
+        assert report.rollout_stats({**batch, **bad}, NUMBERS, None) == pytest.approx(stats, nan_ok=True)
 
 
 def test_rollout_stats_by_hand():
     *_, batch = make_batch()
-    stats, mask = ppo.rollout_stats(batch, NUMBERS, None), batch["mask"]
+    stats, mask = report.rollout_stats(batch, NUMBERS, None), batch["mask"]
     k1 = [(a - b)[m].sum().item() for a, b, m in zip(batch["logp"], batch["ref_logp"], mask, strict=True)]
     assert stats["kl"] == pytest.approx(sum(k1) / 12, abs=1e-5)
     lengths = (batch["lengths"] - batch["P"]).float()
@@ -747,7 +748,7 @@ def test_rollout_stats_by_hand():
     assert stats["score"] == pytest.approx(batch["score"].mean().item())
     assert "gold" not in stats
     world = types.SimpleNamespace(gold_score=lambda prompt, response: len(prompt) + 100 * len(response))
-    stats = ppo.rollout_stats(batch, types.SimpleNamespace(decode=lambda ids: ids), world)
+    stats = report.rollout_stats(batch, types.SimpleNamespace(decode=lambda ids: ids), world)
     assert stats["gold"] == pytest.approx((batch["P"] + 100 * lengths).mean().item())
 
 
@@ -936,7 +937,7 @@ def test_evaluate_has_a_number_for_each_prompt():
     models, cfg, _ = make_batch(B=2, std=.15)
     world = types.SimpleNamespace(gold_score=lambda prompt, response: 100 * len(prompt) + len(response))
     prompts, rows, g = [[i % 16, 3, 5][: 1 + i % 3] for i in range(130)], [], gen(0)
-    result = evaluate(PHASES, models, prompts, world, cfg, CPU)
+    result = evaluate(PHASES, prompts, world, cfg, CPU, models)
     for some in (prompts[:128], prompts[128:]):
         batch = rollout(models.policy, some, EOS, cfg, g)
         columns = (batch[name].tolist() for name in ("tokens", "lengths", "P", "ended"))
@@ -952,5 +953,5 @@ def test_evaluate_has_a_number_for_each_prompt():
     assert result.pop("raw") == []  # a reward model's scores have no other units
     for name, numbers in result.items():
         assert numbers == pytest.approx([row[name] for row in rows], abs=1e-4), name
-    again = evaluate(PHASES, models._replace(judge=None), prompts, None, cfg, CPU)
+    again = evaluate(PHASES, prompts, None, cfg, CPU, models._replace(judge=None))
     assert again["score"] == result["score"] and again["judge"] == again["gold"] == []

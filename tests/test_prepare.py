@@ -67,20 +67,20 @@ def all_texts(made, side):
 
 # ---- ratings ----
 
-def test_rated_texts_make_lists_of_four_with_gold(folder, capsys):
+def test_rated_texts_make_lists_of_four_with_their_ratings(folder, capsys):
     rows = [(text(i), i % 5 + 1) for i in range(300)]
     table("r.csv", ("Review", "Stars"), rows)
     made, rating = run("r.csv", "--val", 0.1), dict(rows)
     assert made.keys() == set(FOUND)
     assert {len(line["responses"]) for line in made["preferences.jsonl"]} == {4}
     for line in made["preferences.jsonl"]:
-        assert line["prompt"] == "" and line["gold"] == [rating[t] for t in line["responses"]]
+        assert line["prompt"] == "" and line["ratings"] == [rating[t] for t in line["responses"]]
         ranks = line.get("ranks", [0, 1, 2, 3])
-        assert line["gold"] == sorted(line["gold"], reverse=True)
-        assert ranks == [sorted(set(line["gold"]), reverse=True).index(g) for g in line["gold"]]
+        assert line["ratings"] == sorted(line["ratings"], reverse=True)
+        assert ranks == [sorted(set(line["ratings"]), reverse=True).index(g) for g in line["ratings"]]
     for line in made["preferences_val.jsonl"]:
-        assert line["gold"] == [rating[line["chosen"]], rating[line["rejected"]]]
-        assert line["gold"][0] > line["gold"][1]
+        assert line["ratings"] == [rating[line["chosen"]], rating[line["rejected"]]]
+        assert line["ratings"][0] > line["ratings"][1]
     train, val = (all_texts(made, side) for side in (".jsonl", "_val.jsonl"))
     assert train | val == set(rating) and not train & val and 10 < len(val) < 60
     assert val == {t for t in rating if held_out(t, 0.1)}
@@ -111,7 +111,7 @@ def test_it_is_the_same_again_and_stable_when_the_file_grows_or_is_sorted(folder
 def test_texts_that_are_rated_again_are_averaged(folder, capsys):
     table("r.csv", ("text", "rating", "rater"), [(text(i), r, r) for i in range(100) for r in (i % 3, 2)])
     made = run("r.csv", "--val", 0.2)
-    gold = {g for line in made["preferences.jsonl"] for g in line["gold"]}
+    gold = {g for line in made["preferences.jsonl"] for g in line["ratings"]}
     assert gold == {1.0, 1.5, 2.0}
     assert '100 rows rate a text again: its ratings are averaged' in capsys.readouterr().out
 
@@ -123,7 +123,7 @@ def test_rated_responses_to_a_prompt_are_one_ranking_with_ties(folder, capsys):
     for line in made["preferences.jsonl"] + made["preferences_val.jsonl"]:
         i = line["prompt"][9:-1]
         assert line["responses"] == [f" Answer {i} {k}" for k in (1, 2, 3, 0)]
-        assert line["gold"] == [5, 5, 3, 1] and line["ranks"] == [0, 0, 1, 2]
+        assert line["ratings"] == [5, 5, 3, 1] and line["ranks"] == [0, 0, 1, 2]
     assert {line["completion"][-1] for line in made["sft.jsonl"]} == {"1", "2"}  # the best of each prompt
     sides = [{line["prompt"] for line in made["prompts" + side]} for side in (".jsonl", "_val.jsonl")]
     assert not sides[0] & sides[1] and sum(map(len, sides)) == 60
@@ -158,7 +158,7 @@ def test_one_prompt_for_all_is_no_reason_to_hold_out_nothing(folder, capsys):
 def test_ratings_as_people_write_them(folder, cell, value):
     table("r.csv", ("text", "rating"), [(text(i), cell if i % 2 else 77) for i in range(100)])
     made = run("r.csv", "--val", 0.2)
-    assert {g for line in made["preferences.jsonl"] for g in line["gold"]} == {value, 77}
+    assert {g for line in made["preferences.jsonl"] for g in line["ratings"]} == {value, 77}
 
 
 @pytest.mark.parametrize("cell, says", [

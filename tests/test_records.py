@@ -97,7 +97,7 @@ def test_chat_lists_read_like_messages(write):
 def test_prompt_is_the_common_prefix_of_two_texts(write, shared, chosen, rejected, prompt):
     """TRL's implicit prompts; no word is split, and the space before the response belongs to the response."""
     texts = [shared + chosen, shared + rejected]
-    got, responses, ranks, gold = read_preferences(write({"chosen": texts[0], "rejected": texts[1]}))[0]
+    got, responses, ranks, gold, _ = read_preferences(write({"chosen": texts[0], "rejected": texts[1]}))[0]
     assert got == (shared if prompt is None else prompt) and [got + r for r in responses] == texts
     assert ranks == [0, 1] and gold is None
 

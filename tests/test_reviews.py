@@ -117,7 +117,7 @@ def test_prompt_and_completion_make_the_sentence(data):
 def test_rankings_follow_the_gold_ratings_and_mark_ties(data):
     lines, seen = data["preferences.jsonl"], []
     for line in lines:
-        gold, texts = line["gold"], line["responses"]
+        gold, texts = line["ratings"], line["responses"]
         assert line["prompt"] == "" and len(texts) == len(gold) == len(set(texts))
         assert len(gold) == 2 or 4 <= len(gold) <= 9
         assert gold == sorted(gold, reverse=True) and gold[0] > gold[-1]
@@ -127,7 +127,7 @@ def test_rankings_follow_the_gold_ratings_and_mark_ties(data):
             assert s - r == (g > h)
         assert ranks[0] == 0
         seen += texts
-    assert {len(line["gold"]) for line in lines} > {2, 4}
+    assert {len(line["ratings"]) for line in lines} > {2, 4}
     assert any("ranks" in line for line in lines)
     assert max(map(seen.count, seen)) == reviews.LISTS_EACH
     assert min(map(seen.count, seen)) >= reviews.LISTS_EACH - 2
@@ -138,7 +138,7 @@ def test_lists_that_teach_nothing_are_dropped():
     for n in range(2, 30):  # whatever the remainder
         few = [Sentence(f"s{i}", i % 3, [0, 0]) for i in range(n)]
         for line in reviews.rankings(few):
-            assert len(line["gold"]) in (2, 4, 5, 6, 7, 8, 9) and len(set(line["gold"])) > 1
+            assert len(line["ratings"]) in (2, 4, 5, 6, 7, 8, 9) and len(set(line["ratings"])) > 1
 
 
 def test_gold_is_the_mean_of_the_ratings(data):
@@ -146,16 +146,16 @@ def test_gold_is_the_mean_of_the_ratings(data):
     mean = {reviews.clean(text): float(m) for _, m, text in
             (line.split("\t") for line in truth.splitlines())}
     for line in data["preferences.jsonl"]:
-        assert line["gold"] == pytest.approx([mean[t] for t in line["responses"]], abs=1e-4)
+        assert line["ratings"] == pytest.approx([mean[t] for t in line["responses"]], abs=1e-4)
     for line in data["preferences_val.jsonl"]:
-        assert line["gold"] == pytest.approx([mean[line["chosen"]], mean[line["rejected"]]],
+        assert line["ratings"] == pytest.approx([mean[line["chosen"]], mean[line["rejected"]]],
                                              abs=1e-4)
 
 
 def test_validation_is_distinct_pairs_of_different_means(data):
     lines = data["preferences_val.jsonl"]
     assert all(set(line) == {"prompt", "chosen", "rejected", "gold"} for line in lines)
-    assert all(line["prompt"] == "" and line["gold"][0] > line["gold"][1] for line in lines)
+    assert all(line["prompt"] == "" and line["ratings"][0] > line["ratings"][1] for line in lines)
     assert len({(line["chosen"], line["rejected"]) for line in lines}) == len(lines) > 5
     train = [Sentence(f"s{i}", i % 9, [0, 0]) for i in range(50)]
     assert len(reviews.random_pairs(train, count=100)) == 100
@@ -421,9 +421,9 @@ def test_real_preferences(real):
     mean = {s.text: s.mean for s in sentences}
     assert len(data["preferences_val.jsonl"]) == 3000
     for line in data["preferences.jsonl"]:
-        assert line["gold"] == [mean[t] for t in line["responses"]]
-        assert line["gold"] == sorted(line["gold"], reverse=True)
-    sizes = [len(line["gold"]) for line in data["preferences.jsonl"]]
+        assert line["ratings"] == [mean[t] for t in line["responses"]]
+        assert line["ratings"] == sorted(line["ratings"], reverse=True)
+    sizes = [len(line["ratings"]) for line in data["preferences.jsonl"]]
     assert 0.25 < sizes.count(2) / len(sizes) < 0.35 and set(sizes) == {2, 4, 5, 6, 7, 8, 9}
     # the first 100 are a fair sample: the source has all the good sentences first
     assert -1 < sum(s.mean for s in sentences[:100]) / 100 < 1

@@ -379,7 +379,7 @@ def test_every_pool_is_trained_by_main_with_one_forward_per_response(pool, tmp_p
         lambda module, args: rows.append(len(args[0])) if torch.is_grad_enabled() and module.training
         and type(module) is Block else None)
     try:
-        train_rm.main(Config(data=run, out=run, pool=pool, batch_tokens=160, device="cpu"))
+        train_rm.main(Config(data=run, out=run, pool=pool, batch_tokens=160, epochs=1, device="cpu"))
     finally:
         hook.remove()
     assert sum(rows) == 8 * 4  # through the one block
@@ -434,7 +434,7 @@ def test_R19_samples_of_the_sft_model_are_standard(monkeypatch, tmp_path, pool):
                         or score_rows(rm, rows, *rest))
     groups = encode([("x" * (1 + i % 5), ["a", "b"], [0, 1], None) for i in range(600)], 16)
     prompts, new = [group.prompt for group in groups[:512]], room - 5
-    train_rm.normalise(rm, gpt, groups, prompts, new, BYTES, Config(), "cpu")
+    train_rm.normalise(rm, gpt, groups, prompts, BYTES, Config(max_new_tokens=new, batch_tokens=1792), "cpu")
     assert seen == train_rm.sample_texts(gpt, prompts, 256, new, gen(Config.seed), "cpu")
     assert 64 <= len(seen) < 512 and all(row[-1] == 256 and row[0] == ord("x") for row in seen)
     assert len({len(row) for row in seen}) > 3 and max(map(len, seen)) == room

@@ -271,7 +271,7 @@ def test_batches_of_odd_lists():
 
 
 def test_S9_learning_rate_of_every_group(tiny):
-    optimizer = make_optimizer(tiny(), Config())
+    optimizer = make_optimizer(tiny(), Config(lr=4e-3))
     rates = []
     for step in range(200):
         rates.append(set_lr(optimizer, 4e-3, step, 200, warmup=20, floor=0.1))
@@ -285,7 +285,7 @@ def test_S9_learning_rate_of_every_group(tiny):
 
 def test_optimizer_has_each_parameter_once_and_decays_matrices_only(tiny):
     gpt = tiny()
-    optimizer = make_optimizer(gpt, Config(weight_decay=0.1))
+    optimizer = make_optimizer(gpt, Config(lr=1e-3, weight_decay=0.1))
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in gpt.parameters())
     for group in optimizer.param_groups:

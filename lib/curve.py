@@ -1,0 +1,109 @@
+"""The curve of a run: smoothed training numbers, held-out numbers ten times, and the best weights so far."""
+import copy
+import math
+
+import torch
+
+from lib.common import finite
+from lib.state import check_plain
+
+LOOKS, PATIENCE = 10, 2  # looks in a run; after so many without any improvement it ends
+SAMPLE = 16_384  # held-out tokens that a look reads, at most
+
+
+class Best:
+    """A copy of the model's weights when its number on held-out data was the largest. `parts` are its parts
+    of a run (lib/resume.py): the copy, and of which step it is (0: of none yet)."""
+
+    def __init__(self, model, name="best"):
+        self.model, self.copy, self.now = model, copy.deepcopy(model), {"step": 0, "number": 0.0}
+        self.parts = {name: self.now, f"{name}_model": self.copy}
+
+    def offer(self, step, number):
+        """Keep the weights if this number is the largest so far; returns whether it is."""
+        if self.now["step"] and number <= self.now["number"]:
+            return False
+        self.now.update(step=step, number=number)
+        self.copy.load_state_dict(self.model.state_dict())
+        return True
+
+
+class Curve:
+    """What is seen of a run while it trains; `parts` are its parts (lib/resume.py).
+
+    measure() -> {name: number} on a fixed held-out sample; the first says which weights are the best. Of a
+    loss the smaller is better, of the others the larger.
+
+        curve.add(loss=loss)              # each step
+        run.log(step, **curve.means())    # what it was on average since the last line
+        curve.look(step, run.log)         # when due: measures, prints, keeps the weights if they are the best
+        curve.over                        # past the middle, and nothing has improved for a fifth of the run
+        curve.restore()                   # at the end: the best weights instead of the last
+    """
+
+    def __init__(self, model, measure, steps, keep):
+        self.model, self.measure, self.steps, self.every = model, measure, steps, max(1, steps // LOOKS)
+        self.sums, self.best, self.looks, self.idle = {}, {}, 0, 0
+        self.kept = Best(model) if keep == "best" else None
+        self.parts = {"curve": self} | (self.kept.parts if self.kept else {})
+
+    def add(self, **numbers):
+        for name, x in ({"steps": 1} | numbers).items():
+            self.sums[name] = self.sums.get(name, 0) + x
+
+    def means(self):
+        steps = self.sums.pop("steps")
+        means, self.sums = {name: x / steps for name, x in self.sums.items()}, {}
+        return means
+
+    def look(self, step, log):
+        if step % self.every and step < self.steps:
+            return
+        numbers = self.measure()
+        finite(f"step {step}", **numbers)
+        sign = {name: -1 if name.endswith("loss") else 1 for name in numbers}
+        better = [name for name, x in numbers.items()
+                  if name not in self.best or sign[name] * (x - self.best[name]) > 0]
+        self.best |= {name: numbers[name] for name in better}
+        self.looks, self.idle = self.looks + 1, 0 if better else self.idle + 1
+        first = next(iter(numbers))
+        if self.kept:
+            self.kept.offer(step, sign[first] * numbers[first])
+        log.report(step=step, **numbers)
+        shown = "  ".join(f"{name.removeprefix('val_')} {x:.4f}" for name, x in numbers.items())
+        print(f"      held out: {shown}{', the best so far' * (first in better)}", flush=True)
+
+    @property
+    def over(self):
+        return self.idle >= PATIENCE and self.looks > LOOKS // 2
+
+    @property
+    def improving(self):
+        """Whether the last look was the best one."""
+        return self.idle == 0
+
+    def restore(self):
+        if self.kept and self.kept.now["step"]:
+            self.model.load_state_dict(self.kept.copy.state_dict())
+            print(f"kept: the weights after step {self.kept.now['step']}, the best on held-out data")
+
+    def state_dict(self):
+        return {"sums": self.sums, "best": self.best, "looks": self.looks, "idle": self.idle}
+
+    def check_state(self, state):
+        """ValueError: not what state_dict can be."""
+        check_plain(self.state_dict(), state, "the held-out curve")
+        for some in (state["sums"], state["best"]):
+            if type(some) is not dict or not all(
+                    type(name) is str and type(x) in (int, float) and math.isfinite(x)
+                    for name, x in some.items()):
+                raise ValueError("the held-out curve holds no numbers")
+
+    def load_state_dict(self, state):
+        vars(self).update(copy.deepcopy(state))
+
+
+def sample(rows, most=SAMPLE):
+    """How many of the first token rows have at most `most` tokens together; at least one."""
+    total = torch.tensor([len(row) for row in rows]).cumsum(0)
+    return max(1, int((total <= most).sum()))

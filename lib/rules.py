@@ -1,0 +1,67 @@
+"""Rules: what a flag is when nobody gives it, as the data and the network ask for. All of them are here;
+docs/data.md says what each was worth.
+
+Rates are those that were best at width 128, and fall with the width d: as 1/d for a network from scratch, as
+1/d^2 for one that is trained already, which at GPT-2's 768 gives 1e-4 and 1.4e-5, as is usual there.
+"""
+import dataclasses
+import math
+
+WIDTH = 128  # of the network that the rates were found with
+FEW = 1_000_000  # tokens of ranked texts; with fewer the reward model learns the texts by heart
+
+
+def fill(cfg, why, **values):
+    """A copy of cfg in which each flag that is None has its value; prints which, and why."""
+    made = {name: x for name, x in values.items() if getattr(cfg, name) is None}
+    if made:
+        flags = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in made.items())
+        print(f"by the data: {flags} ({why})")
+    given, cfg = cfg.given, dataclasses.replace(cfg, **made)
+    cfg.given = given
+    return cfg
+
+
+def vocab_size(texts):
+    """Of a BPE that is trained on these texts: 150 bytes a token, from 512 to 8192."""
+    size = sum(len(text.encode()) for text in texts)
+    return 2 ** min(13, max(9, round(math.log2(max(1, size) / 150))))
+
+
+def block_size(lengths):
+    """A quarter more than 99.5% of the texts have, in steps of 32, from 64 to 1024."""
+    longest = sorted(lengths)[int(0.995 * (len(lengths) - 1))]
+    return min(1024, max(64, 32 * math.ceil(1.25 * longest / 32)))
+
+
+def sft(tokens, parameters, width, init):
+    """Of train_sft.py. A network from scratch reads its data more often the less there is of it, with dropout
+    if that is often: up to 4 times a repetition is as good as new text (Muennighoff et al. 2023)."""
+    epochs = 1 if init else min(16, max(3, round(1.25 * parameters / tokens)))
+    few = epochs > 4
+    rate = 4e-3 * (WIDTH / width) ** (2 if init else 1)
+    return {"epochs": float(epochs), "dropout": 0.3 if few else 0.0,
+            "batch_tokens": min(16_384, max(2048, tokens // 200)), "lr": _round(rate / 2 if few else rate)}
+
+
+def rm(tokens, different, width):
+    """Of train_rm.py: `tokens` of ranked texts, of which `different` are those of different texts."""
+    few = different < FEW
+    epochs = max(1, round(6 * different / tokens)) if few else 1
+    rate = (1e-3 if few else 5e-4) * (WIDTH / width) ** 2
+    return {"pool": "mean" if few else "last", "epochs": float(epochs), "dropout": 0.3 if few else 0.0,
+            "batch_tokens": min(16_384, max(1792, tokens // 2800)), "lr": _round(rate)}
+
+
+def max_new_tokens(room):
+    """Of responses, in a model of `room` tokens."""
+    return min(100, room * 4 // 5)
+
+
+def kl_horizon(responses):
+    """Of a run with so many responses: kl_coef can then change fifty-fold in it, whatever its length."""
+    return max(1, responses // 20)
+
+
+def _round(x):
+    return float(f"{x:.2g}")

@@ -1,0 +1,63 @@
+"""How a stage starts: its network and tokenizer, and the flags that nobody gave."""
+from dataclasses import fields
+from statistics import fmean
+
+import torch
+
+from data.files import UserError
+from data.tokenizer import get_tokenizer, train_tokenizer
+from lib import rules
+from lib.checkpoint import load, load_tokenizer, new_gpt
+from model import GPT, GPTConfig
+
+SOME = 2000  # examples whose lengths stand for all
+
+
+def start(cfg, train):
+    """Config of train_sft.py and demonstrations -> (GPT, tokenizer, Config with every flag filled in).
+    UserError: --init beside flags that it fixes."""
+    names = [field.name for field in fields(GPTConfig)]
+    if cfg.init:
+        for name in sorted({"tokenizer", *names} - {"dropout"}):
+            if getattr(cfg, name) != getattr(type(cfg), name) or name in cfg.given:
+                raise UserError(f"--init fixes the sizes and tokenizer; remove --{name.replace('_', '-')}")
+        gpt, tokenizer = load(GPT, cfg.init, cfg.dropout or 0.0), load_tokenizer(cfg.init)
+    elif cfg.tokenizer:
+        tokenizer = get_tokenizer(cfg.tokenizer)
+    else:
+        texts = [text for example in train for text in example]
+        tokenizer = train_tokenizer(texts, cfg.vocab_size or rules.vocab_size(texts))
+
+    lengths = [len(tokenizer.encode(prompt)) + len(tokenizer.encode(completion)) + 1
+               for prompt, completion in train[:SOME]]
+    tokens = sum(lengths) * len(train) // len(lengths)
+    sizes = {"vocab_size": tokenizer.vocab_size, "block_size": cfg.block_size or rules.block_size(lengths)}
+    if not cfg.init:
+        sizes = {name: getattr(cfg, name) for name in names} | sizes
+        with torch.device("meta"):
+            gpt = new_gpt(GPTConfig(**sizes | {"dropout": 0.0}))
+    parameters, width = sum(p.numel() for p in gpt.parameters()), gpt.config.d_model
+    made = rules.sft(tokens, parameters, width, cfg.init)
+    if not cfg.init:
+        made = {"block_size": sizes["block_size"]} | made
+        if not cfg.tokenizer:
+            made = {"vocab_size": tokenizer.vocab_size} | made
+    cfg = rules.fill(cfg, f"{tokens} tokens for {parameters} parameters of width {width}", **made)
+    if not cfg.init:
+        gpt = new_gpt(GPTConfig(**sizes | {"dropout": cfg.dropout}))
+    return gpt, tokenizer, cfg
+
+
+def start_rm(cfg, train, sft):
+    """Config of train_rm.py, rankings and the path of the SFT model -> (GPT, its tokenizer, Config with every
+    flag filled in)."""
+    gpt, tokenizer = load(GPT, sft), load_tokenizer(sft)
+    texts = [prompt + response for prompt, responses, *_ in train for response in responses]
+    some = list(dict.fromkeys(texts))
+    mean = fmean(len(tokenizer.encode(text)) + 1 for text in some[:SOME])
+    tokens, different = round(mean * len(texts)), round(mean * len(some))
+    room = gpt.config.block_size - (cfg.pool == "token")
+    cfg = rules.fill(cfg, f"{tokens} tokens of ranked responses, width {gpt.config.d_model}",
+                     **rules.rm(tokens, different, gpt.config.d_model),
+                     max_new_tokens=rules.max_new_tokens(room))
+    return load(GPT, sft, cfg.dropout) if cfg.dropout else gpt, tokenizer, cfg
