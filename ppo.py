@@ -27,7 +27,7 @@ import torch
 from data.examples import encode_demonstrations, open_data, open_prompts, pad, prompt_room, response_mask
 from data.records import read_sft
 from data.split import read_training
-from lib import report, rules
+from lib import report
 from lib.checks_rm import check_start
 from lib.common import Cycle, clip_and_step, finite, masked_mean, micro_batches
 from lib.curve import Best
@@ -36,6 +36,8 @@ from lib.flags import Shared, bounded, cli, pick_device
 from lib.generate import generate
 from lib.resume import Run
 from lib.rewards import in_units, load_models, model_files, units
+from lib.rules import kl_horizon
+from lib.start import responses
 from train_sft import sft_backward
 
 
@@ -137,9 +139,9 @@ def adapt_kl_coef(kl_coef, kl, target, n, horizon):
 
 def next_kl_coef(kl_coef, kl, cfg):
     """The coefficient after an update with so much KL. --kl-budget never lowers it below --kl-coef."""
+    horizon = cfg.kl_horizon or kl_horizon(cfg.updates * cfg.batch)
     if cfg.kl_target:
-        return adapt_kl_coef(kl_coef, kl, cfg.kl_target, cfg.batch,
-                             cfg.kl_horizon or rules.kl_horizon(cfg.updates * cfg.batch))
+        return adapt_kl_coef(kl_coef, kl, cfg.kl_target, cfg.batch, horizon)
     if cfg.kl_budget and cfg.kl_coef:  # a penalty of 0 stays 0
         return max(cfg.kl_coef, adapt_kl_coef(kl_coef, kl, cfg.kl_budget, 1, 1))
     return kl_coef
@@ -264,7 +266,7 @@ def main(cfg):
     policy, critic, tokenizer = models.policy, models.critic, models.tokenizer
     block_size = policy.config.block_size
     room = min([block_size, *(rm.room for rm in (critic, models.judge) if rm)])
-    cfg = rules.fill(cfg, f"of {room} tokens", max_new_tokens=rules.max_new_tokens(room))
+    cfg = responses(cfg, folder, tokenizer, room)
     prompts, val = open_prompts(folder, tokenizer, prompt_room(room, cfg.max_new_tokens), cfg)
     demonstrations = encode_demonstrations(read_training(read_sft, folder / "sft.jsonl", cfg), tokenizer,
                                            block_size, "sft.jsonl") if cfg.ptx_coef else []
@@ -275,8 +277,7 @@ def main(cfg):
     held_out = partial(report.evaluate, (rollout, assess), val, world, cfg, device)
     before = held_out(models)
     print(f"PPO: {len(prompts)} prompts, {cfg.batch} a rollout, held out ({len(val)}): "
-          f"{report.describe(report.means(before))}")
-    print(units(models.score), end="")
+          f"{report.describe(report.means(before))}\n{units(models.score)}", end="")
 
     now, warn, best = {"kl_coef": cfg.kl_coef}, report.Warnings(), Best(policy)
     done = run.begin(cfg, cfg.updates, policy=policy, critic=critic, policy_optimizer=optimizers[0],

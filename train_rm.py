@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from data.examples import encode_prompts, encode_rankings, open_data, pad, prompt_room, standardise
 from data.files import UserError
-from data.records import read_preferences, read_prompts
-from data.split import read_split, read_training
+from data.records import read_prompts
+from data.split import read_training
 from lib.checks import check_model
 from lib.checks_rm import check_scores
 from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
@@ -135,13 +135,10 @@ def main(cfg):
     device = pick_device(cfg.device)
     folder, world = open_data(cfg.data)
     sft = Path(cfg.sft or Path(cfg.out) / "sft.pt")
-    names = ("preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl")
+    names = ("preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl", "sft.jsonl")
     run = Run("rm", cfg, [sft, *(folder / name for name in names)], device)
-    if cfg.pool not in (None, *RewardModel.POOLS):
-        raise UserError(f"--pool {cfg.pool}: expected one of {', '.join(RewardModel.POOLS)}")
 
-    train, val = read_split(read_preferences, folder / "preferences.jsonl", cfg)
-    gpt, tokenizer, cfg = start_rm(cfg, train, sft)
+    gpt, tokenizer, train, val, cfg = start_rm(cfg, sft, folder)
     rm = RewardModel.from_gpt(gpt, cfg.pool)  # the head swap
     check_model(prepare(gpt, device))
     check_scores(prepare(rm, device))
@@ -174,9 +171,9 @@ def main(cfg):
         loss, right = ranking_backward(rm, [groups[i] for i in index], cfg.micro_batch, device, step)
         norm = clip_and_step(rm, optimizer, 1.0, step)
         curve.add(loss=loss, accuracy=right, grad_norm=norm)
-        if step % 25 == 0 or step in (1, steps):
-            run.log(step, **curve.means(), lr=lr)
         curve.look(step, run.log)
+        if step % 25 == 0 or step in (1, steps) or curve.over:
+            run.log(step, **curve.means(), lr=lr)
         run.after(step, curve.over)
 
     curve.restore()

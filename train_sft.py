@@ -134,9 +134,9 @@ def main(cfg):
         loss = sft_backward(gpt, [rows[i] for i in index], cfg.micro_batch, device, f"step {step}")
         norm = clip_and_step(gpt, optimizer, 1.0, step)
         curve.add(loss=loss, grad_norm=norm)
-        if step % 25 == 0 or step in (1, steps):
-            run.log(step, **curve.means(), lr=lr)
         curve.look(step, run.log)
+        if step % 25 == 0 or step in (1, steps) or curve.over:
+            run.log(step, **curve.means(), lr=lr)
         if step % 100 == 0:
             row, P = val_rows[0]
             print_sample(gpt, tokenizer, row[:P])

@@ -25,6 +25,7 @@ from data.files import UserError, printable
 from data.records import check_line
 from data.rows import NAMES, Found
 from data.split import held_out, place
+from lib import rules
 
 FEW = 20  # with fewer prompts than this the responses say what is held out
 LARGEST = 9  # more rated responses to a prompt are ranked as texts without a prompt are: in lists of K
@@ -130,29 +131,23 @@ def in_two(prompt, text):
 # ---- what to do with it ----
 
 def advise(folder, files):
-    """Print lengths and the next commands, with the flags that fit."""
+    """Print lengths, the sizes that train_sft.py will choose, and the next commands."""
     texts = [(line["prompt"], line["completion"]) for line in files["sft.jsonl"]]
     rows = texts + [(line["prompt"], text) for line in files["preferences.jsonl"]
                     for text in line.get("responses") or [line["chosen"], line["rejected"]]]
-    total = sum(len(part.encode()) for pair in texts for part in pair)
-    power = min(13, max(9, round(math.log2(max(1, total) / 150))))
-    size = 2.1 + (power - 9) / 2  # bytes of a token, as measured on film reviews
-
-    def lengths(texts):
-        return sorted(math.ceil(len(text.encode()) / size) for text in texts) or [1]
-    whole, answers = lengths(map("".join, rows)), lengths(pair[1] for pair in rows)
-    block = min(1024, math.ceil((whole[len(whole) * 99 // 100] + 3) / 32) * 32)
-    new = min(math.ceil((answers[len(answers) * 99 // 100] + 1) / 8) * 8, block * 3 // 4)
-    print(f"lengths in tokens, at {size:.1f} bytes each: half up to {whole[len(whole) // 2]}, 99% up to "
-          f"{whole[len(whole) * 99 // 100]}, longest {whole[-1]}\n\nnext:")
+    vocabulary = rules.vocab_size([part for pair in texts or rows for part in pair])
+    size = 2.1 + (math.log2(vocabulary) - 9) / 2  # bytes of a token, as measured on film reviews
+    lengths = sorted(math.ceil(len("".join(row).encode()) / size) for row in rows) or [1]
+    print(f"lengths in tokens, at {size:.1f} bytes each: half up to {lengths[len(lengths) // 2]}, 99% up to "
+          f"{lengths[len(lengths) * 99 // 100]}, longest {lengths[-1]}; this asks for about --vocab-size "
+          f"{vocabulary} --block-size {rules.block_size(lengths)}, which train_sft.py finds itself\n\nnext:")
     where = shlex.join(["--data", str(folder), "--out", f"out/{folder.resolve().name}"])
     if texts:
-        print(f"  python train_sft.py {where} --block-size {block} --vocab-size {2**power}")
+        print(f"  python train_sft.py {where}")
     if files["preferences.jsonl"]:
-        print(f"  python train_rm.py {where} --max-new-tokens {new}")
+        print(f"  python train_rm.py {where}")
     if files["prompts.jsonl"]:
-        print(f"  python ppo.py {where} --max-new-tokens {new}"
-              + " --reward FILE.py:FUNCTION" * (not files["preferences.jsonl"])
+        print(f"  python ppo.py {where}" + " --reward FILE.py:FUNCTION" * (not files["preferences.jsonl"])
               + " --sft SFT.pt" * (not texts))
 
 

@@ -31,9 +31,9 @@ BAD = {"bad", "negative", "false", "0"}  # labels of what must not be learned
 NAMES = {"user": QUESTION, "human": QUESTION, "assistant": ANSWER, "system": "\n\nSystem:"}
 
 
-def read_sft(path, skip_bad=False):
-    """[(prompt, completion)]; the prompt of {"text": ...} is empty."""
-    return _read(path, "sft", _demonstration, skip_bad)
+def read_sft(path, skip_bad=False, most=None):
+    """[(prompt, completion)], the first `most` (None: all); the prompt of {"text": ...} is empty."""
+    return _read(path, "sft", _demonstration, skip_bad, most)
 
 
 def read_preferences(path, skip_bad=False):
@@ -58,7 +58,7 @@ def check_line(row, kind):
     {"sft": _demonstration, "preferences": _preference, "prompts": _only_prompt}[kind](row)
 
 
-def _read(path, kind, parse, skip_bad):
+def _read(path, kind, parse, skip_bad, most=None):
     """[parse(object)] of a JSONL file. UserError: unreadable, no examples, or a bad line without skip_bad."""
     path = Path(path)
     try:
@@ -73,6 +73,8 @@ def _read(path, kind, parse, skip_bad):
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        if len(examples) == most:
+            break
         try:
             row = {name: value for name, value in json_object(line).items() if value is not None}
             examples.append(parse(row))

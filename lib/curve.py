@@ -20,8 +20,8 @@ class Best:
         self.parts = {name: self.now, f"{name}_model": self.copy}
 
     def offer(self, step, number):
-        """Keep the weights if this number is the largest so far; returns whether it is."""
-        if self.now["step"] and number <= self.now["number"]:
+        """Keep the weights if this number is the largest so far, or as large; returns whether it is."""
+        if self.now["step"] and number < self.now["number"]:
             return False
         self.now.update(step=step, number=number)
         self.copy.load_state_dict(self.model.state_dict())
@@ -32,7 +32,7 @@ class Curve:
     """What is seen of a run while it trains; `parts` are its parts (lib/resume.py).
 
     measure() -> {name: number} on a fixed held-out sample; the first says which weights are the best. Of a
-    loss the smaller is better, of the others the larger.
+    loss the smaller is better, of the others the larger. keep: "best", or "last": then nothing ends early.
 
         curve.add(loss=loss)              # each step
         run.log(step, **curve.means())    # what it was on average since the last line
@@ -67,15 +67,14 @@ class Curve:
         self.best |= {name: numbers[name] for name in better}
         self.looks, self.idle = self.looks + 1, 0 if better else self.idle + 1
         first = next(iter(numbers))
-        if self.kept:
-            self.kept.offer(step, sign[first] * numbers[first])
+        best = self.kept.offer(step, sign[first] * numbers[first]) if self.kept else first in better
         log.report(step=step, **numbers)
         shown = "  ".join(f"{name.removeprefix('val_')} {x:.4f}" for name, x in numbers.items())
-        print(f"      held out: {shown}{', the best so far' * (first in better)}", flush=True)
+        print(f"      held out: {shown}{', the best so far' * best}", flush=True)
 
     @property
     def over(self):
-        return self.idle >= PATIENCE and self.looks > LOOKS // 2
+        return bool(self.kept) and self.idle >= PATIENCE and self.looks > LOOKS // 2
 
     @property
     def improving(self):

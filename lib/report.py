@@ -37,8 +37,8 @@ def report_ngrams(loss, gpt, rows, val_rows, curve):
 
 def compare(lead, unit, other, curve):
     """How far the network is ahead of what is trivial; if it is not, the likely cause and the flag."""
-    if lead > 0:
-        return f"the network is ahead of {other} by {lead:.3g} {unit}"
+    if lead >= 0:
+        return f"the network is {f'ahead of {other} by {lead:.3g} {unit}' if lead else f'level with {other}'}"
     cause = ("it was still improving when it ended: raise --epochs" if curve.improving else
              "it was best before the end, and then learned the texts by heart: raise --dropout, lower --lr, "
              "or add data")

@@ -35,10 +35,10 @@ def block_size(lengths):
 
 
 def sft(tokens, parameters, width, init):
-    """Of train_sft.py. A network from scratch reads its data more often the less there is of it, with dropout
-    if that is often: up to 4 times a repetition is as good as new text (Muennighoff et al. 2023)."""
-    epochs = 1 if init else min(16, max(3, round(1.25 * parameters / tokens)))
-    few = epochs > 4
+    """Of train_sft.py. Up to 4 times a repetition is as good as new text (Muennighoff et al. 2023); of little
+    text more are needed, and then dropout. A trained network (init) knows what text is like."""
+    few = not init and tokens < parameters / 4
+    epochs = 1 if init else 16 if few else 3
     rate = 4e-3 * (WIDTH / width) ** (2 if init else 1)
     return {"epochs": float(epochs), "dropout": 0.3 if few else 0.0,
             "batch_tokens": min(16_384, max(2048, tokens // 200)), "lr": _round(rate / 2 if few else rate)}
@@ -53,9 +53,11 @@ def rm(tokens, different, width):
             "batch_tokens": min(16_384, max(1792, tokens // 2800)), "lr": _round(rate)}
 
 
-def max_new_tokens(room):
-    """Of responses, in a model of `room` tokens."""
-    return min(100, room * 4 // 5)
+def max_new_tokens(room, lengths):
+    """Of responses: a quarter more than 99.5% of the demonstrations have, whose lengths these are (without
+    any: 100), in steps of 4; four fifths of the model's `room` at most."""
+    longest = sorted(lengths)[int(0.995 * (len(lengths) - 1))] if lengths else 80
+    return min(4 * math.ceil(1.25 * longest / 4), room * 4 // 5)
 
 
 def kl_horizon(responses):

@@ -5,10 +5,12 @@ from statistics import fmean
 import torch
 
 from data.files import UserError
+from data.records import read_preferences, read_sft
+from data.split import read_split
 from data.tokenizer import get_tokenizer, train_tokenizer
 from lib import rules
 from lib.checkpoint import load, load_tokenizer, new_gpt
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, RewardModel
 
 SOME = 2000  # examples whose lengths stand for all
 
@@ -48,16 +50,28 @@ def start(cfg, train):
     return gpt, tokenizer, cfg
 
 
-def start_rm(cfg, train, sft):
-    """Config of train_rm.py, rankings and the path of the SFT model -> (GPT, its tokenizer, Config with every
-    flag filled in)."""
+def responses(cfg, folder, tokenizer, room):
+    """A Config whose --max-new-tokens fits the demonstrations in sft.jsonl, if there are any."""
+    path = folder / "sft.jsonl"
+    some = read_sft(path, cfg.skip_bad, SOME) if cfg.max_new_tokens is None and path.exists() else []
+    lengths = [len(tokenizer.encode(completion)) + 1 for _, completion in some]
+    new = rules.max_new_tokens(room, lengths)
+    return rules.fill(cfg, f"{len(lengths)} demonstrations", max_new_tokens=new)
+
+
+def start_rm(cfg, sft, folder):
+    """Config of train_rm.py, the path of the SFT model and the folder of the data -> (GPT, its tokenizer,
+    training rankings, held-out ones, Config with every flag filled in). UserError: an unknown --pool."""
+    if cfg.pool not in (None, *RewardModel.POOLS):
+        raise UserError(f"--pool {cfg.pool}: expected one of {', '.join(RewardModel.POOLS)}")
     gpt, tokenizer = load(GPT, sft), load_tokenizer(sft)
+    train, val = read_split(read_preferences, folder / "preferences.jsonl", cfg)
     texts = [prompt + response for prompt, responses, *_ in train for response in responses]
     some = list(dict.fromkeys(texts))
     mean = fmean(len(tokenizer.encode(text)) + 1 for text in some[:SOME])
     tokens, different = round(mean * len(texts)), round(mean * len(some))
     room = gpt.config.block_size - (cfg.pool == "token")
     cfg = rules.fill(cfg, f"{tokens} tokens of ranked responses, width {gpt.config.d_model}",
-                     **rules.rm(tokens, different, gpt.config.d_model),
-                     max_new_tokens=rules.max_new_tokens(room))
-    return load(GPT, sft, cfg.dropout) if cfg.dropout else gpt, tokenizer, cfg
+                     **rules.rm(tokens, different, gpt.config.d_model))
+    cfg = responses(cfg, folder, tokenizer, room)
+    return load(GPT, sft, cfg.dropout) if cfg.dropout else gpt, tokenizer, train, val, cfg

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The default pipeline with seeds 1 to 5, PPO again without the KL penalty, then the tables of docs/results.md.
-# Two seeds at a time, one thread each.
+# The default pipeline with SEEDS (1 to 5), PPO again without the KL penalty, then the tables of
+# docs/results.md. Two seeds at a time, one thread each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export python=${PYTHON:-python} out=${OUT:-out/seeds} OMP_NUM_THREADS=1
@@ -17,7 +17,7 @@ one_seed() {
 export -f one_seed
 
 $python -m data.stories
-printf '%s\n' 1 2 3 4 5 | xargs -P 2 -I{} bash -c 'one_seed {}'
+printf '%s\n' ${SEEDS:-1 2 3 4 5} | xargs -P 2 -I{} bash -c 'one_seed {}'
 $python runs/table.py "$out"/?
 echo
 $python runs/table.py "$out"/?-no-kl

@@ -15,7 +15,7 @@ TINY = {"vocab_size": 17, "block_size": 64, "n_layer": 2, "n_head": 4, "d_model"
 
 # the smallest settings with which the scripts do all of their work in a second or less
 SIZES = {"tokenizer": "bytes", "n_layer": 1, "n_head": 2, "d_model": 32, "block_size": 32,
-         "batch_tokens": 512, "device": "cpu"}
+         "batch_tokens": 512, "dropout": 0.0, "lr": 4e-3, "device": "cpu"}
 PPO = {"updates": 3, "batch": 8, "max_new_tokens": 8, "epochs": 2, "minibatches": 2, "micro_batch": 256,
        "device": "cpu"}
 

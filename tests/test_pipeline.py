@@ -37,7 +37,7 @@ from data.examples import encode_demonstrations, encode_prompts, encode_rankings
 from data.files import UserError
 from data.records import read_preferences, read_prompts, read_sft
 from data.tokenizer import train_tokenizer
-from lib import curve, report
+from lib import report
 from lib.baselines import ngram_losses
 from lib.checkpoint import load, load_tokenizer, save
 from lib.fast import prepare
@@ -47,7 +47,7 @@ from lib.report import distinct_2, explained_variance, means
 from lib.rewards import load_models, load_reward_model
 from model import GPT, RewardModel
 
-RM = {"batch_tokens": 512, "device": "cpu"}
+RM = {"batch_tokens": 512, "pool": "last", "epochs": 1.0, "dropout": 0.0, "lr": 5e-4, "device": "cpu"}
 
 
 def train(data, out, **settings):
@@ -120,7 +120,7 @@ def files_read(finished):
 
 @pytest.mark.parametrize("stage, files", [
     ("sft", "bad/sft.jsonl bad/sft_val.jsonl"),
-    ("rm", "out/sft.pt bad/preferences.jsonl bad/preferences_val.jsonl bad/prompts.jsonl"),
+    ("rm", "out/sft.pt bad/preferences.jsonl bad/preferences_val.jsonl bad/prompts.jsonl bad/sft.jsonl"),
     ("ppo", "out/sft.pt out/rm.pt bad/prompts.jsonl bad/prompts_val.jsonl bad/sft.jsonl")])
 def test_a_run_remembers_every_file_it_reads(made, stage, files):
     """With a checksum, so that --resume with another is refused (tests/test_resume.py)."""
@@ -181,7 +181,7 @@ def test_B10_same_seed_same_run(made, run, tmp_path):
         train(made / "data", tmp_path)
     assert names(tmp_path) == sorted([*(f"{stage}{end}" for stage in ("sft", "rm", "ppo") for end in (
         ".pt", ".prev.pt", ".log.jsonl", ".log.prev.jsonl", ".finished.pt", ".finished.prev.pt")),
-        "ppo.samples.jsonl", "ppo.samples.prev.jsonl"])
+        "ppo.samples.jsonl", "ppo.samples.prev.jsonl", "ppo.best.pt", "ppo.best.prev.pt"])
     for stage, kind in (("sft", GPT), ("rm", RewardModel), ("ppo", GPT)):
         for end in ("", ".prev"):
             assert steps(tmp_path / f"{stage}.log{end}.jsonl") == steps(made / f"out/{stage}.log.jsonl")
@@ -325,11 +325,10 @@ def test_learning_rates_and_log_of_sft_and_rm(made, tmp_path, monkeypatch, spy, 
         norms.append(shipped(model, optimizer, clip, number))
         return norms[-1]
     monkeypatch.setattr(script, "clip_and_step", step)
-    monkeypatch.setattr(curve, "PATIENCE", 99)  # it does not end early
     shutil.copy(made / "out/sft.pt", tmp_path)
-    settings = {"data": str(made / "data"), "out": str(tmp_path), "lr": 1e-3, "save_every": 0}
-    settings |= {**SIZES, "batch_tokens": 16} if script is train_sft else {**RM, "batch_tokens": 80}
-    script.main(script.Config(**settings | {"epochs": 1}))
+    settings = {"data": str(made / "data"), "out": str(tmp_path), "lr": 1e-3, "save_every": 0, "keep": "last"}
+    sizes = {**SIZES, "batch_tokens": 16} if script is train_sft else {**RM, "batch_tokens": 80}
+    script.main(script.Config(**sizes | settings | {"epochs": 1}))
     S = len(seen)
     assert 25 < S < 200  # past the warm-up, which is a tenth of them
     for s, rates in enumerate(seen, 1):
@@ -447,7 +446,7 @@ def test_variants_run(run, made, settings):
 def test_one_epoch_is_every_example_once(made, tmp_path, spy):
     """Shuffled batches are more than sorted ones; steps counted by these left some examples out."""
     make_data(tmp_path / "data", n=500)
-    where = {"data": str(tmp_path / "data"), "out": str(tmp_path), "save_every": 0}
+    where = {"data": str(tmp_path / "data"), "out": str(tmp_path), "save_every": 0, "keep": "last"}
     for script, name, settings in ((train_sft, "sft_backward", SIZES | {"batch_tokens": 40, "epochs": 1}),
                                    (train_rm, "ranking_backward", RM | {"batch_tokens": 90})):
         calls = spy(script, name)
@@ -618,7 +617,8 @@ def test_a_sample_of_a_prompt_that_is_too_long(made, tmp_path, capsys):
     jsonl(tmp_path / "data/sft_val.jsonl", [{"prompt": "y" * 50, "completion": "abc"}])
     where = {"data": str(tmp_path / "data"), "out": str(tmp_path)}
     # 100 steps and more
-    train_sft.main(train_sft.Config(**where, **SIZES | {"batch_tokens": 32, "d_model": 8}, epochs=5))
+    train_sft.main(train_sft.Config(**where, **SIZES | {"batch_tokens": 32, "d_model": 8}, epochs=5,
+                                    keep="last"))
     assert "      | " + "y" * 28 + " >>" in capsys.readouterr().out
 
 

@@ -397,15 +397,16 @@ def test_what_the_scripts_would_refuse_is_dropped_and_counted(folder, capsys):
 def test_the_flags_that_are_printed_fit_the_data(folder, capsys):
     from data.examples import encode_demonstrations, encode_rankings, prompt_room
     from data.tokenizer import train_tokenizer
+    from lib.rules import max_new_tokens
     table("r.csv", ("text", "rating"), [(text(i, 5 + i % 40), i % 5) for i in range(600)])
     run("r.csv", to="my data")
     out = capsys.readouterr().out
-    assert "python train_sft.py --data 'my data' --out 'out/my data' --block-size" in out
-    block, vocab = map(int, re.search(r"--block-size (\d+) --vocab-size (\d+)", out).groups())
-    new = int(re.search(r"train_rm.py .*--max-new-tokens (\d+)", out)[1])
+    assert "python train_sft.py --data 'my data' --out 'out/my data'\n" in out
+    vocab, block = map(int, re.search(r"--vocab-size (\d+) --block-size (\d+)", out).groups())
     demonstrations = read_sft("my data/sft.jsonl")
     tokenizer = train_tokenizer((part for pair in demonstrations for part in pair), vocab)
-    assert prompt_room(block, new) >= block // 4
+    lengths = [len(tokenizer.encode(completion)) + 1 for _, completion in demonstrations]
+    assert prompt_room(block, max_new_tokens(block, lengths)) >= block // 5
     capsys.readouterr()
     kept = encode_demonstrations(demonstrations, tokenizer, block, "")
     rankings = encode_rankings(read_preferences("my data/preferences.jsonl"), tokenizer, block, "")

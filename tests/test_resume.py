@@ -105,10 +105,10 @@ def stop_at(step, number):
     """The signal comes at the end of this step."""
     shipped = Run.after
 
-    def after(run, now):
+    def after(run, now, *last):
         if now == step:
             os.kill(os.getpid(), number)
-        shipped(run, now)
+        shipped(run, now, *last)
     Run.after = after
 
 

@@ -1,0 +1,348 @@
+"""Held-out curves, the weights that are kept, runs that end early, and PPO's KL budget and best policy."""
+import math
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import PPO, SIZES, jsonl, lines, make_data, same_weights, steps, tiny_gpt
+
+import ppo
+import train_rm
+import train_sft
+from data.files import UserError
+from lib import curve, report
+from lib.checkpoint import load
+from lib.curve import Best, Curve
+from lib.report import beside_best_of, compare
+from lib.resume import Run
+from model import GPT
+
+
+class Log:
+    def __init__(self):
+        self.reports = []
+
+    def report(self, **numbers):
+        self.reports.append(numbers)
+
+
+def follow(numbers, keep="best", steps=100):
+    """A Curve that measures these, one after another; the model's weights say at which step they were."""
+    model, values, log = torch.nn.Linear(1, 1), iter(numbers), Log()
+    made = Curve(model, lambda: next(values), steps, keep)
+    for step in range(1, steps + 1):
+        if made.over:
+            break
+        with torch.no_grad():
+            model.weight.fill_(step)
+        made.look(step, log)
+    return made, model, log
+
+
+def losses(*values):
+    return [{"val_loss": x} for x in values]
+
+
+# ---- the curve ----
+
+def test_numbers_are_averaged_since_the_last_line():
+    made = Curve(torch.nn.Linear(1, 1), None, 10, "last")
+    for x in (1.0, 2.0, 6.0):
+        made.add(loss=x, accuracy=x / 2)
+    assert made.means() == {"loss": 3.0, "accuracy": 1.5}
+    made.add(loss=5.0, accuracy=0.0)
+    assert made.means() == {"loss": 5.0, "accuracy": 0.0}
+
+
+@pytest.mark.parametrize("many", [1, 7, 10, 25, 103, 1000])
+def test_a_run_has_ten_looks_and_one_at_the_end(many):
+    log = follow(losses(*range(many, 0, -1)), steps=many)[2]
+    seen = [line["step"] for line in log.reports]
+    assert seen[-1] == many and min(many, 10) <= len(seen) <= 13 and seen == sorted(set(seen))
+
+
+@pytest.mark.parametrize("numbers, best", [
+    (losses(5, 4, 3, 3.5, 2.9, 3, 2.8, 2.7, 3, 3), 80),
+    (losses(5, 4, 3, 3, 3, 2.5, 2, 2, 4), 80),  # of equal ones the last
+    ([{"val_accuracy": x, "val_loss": -x + (i > 2)} for i, x in enumerate((.1, .2, .9, .3, .4, .5))], 30),
+])
+def test_the_best_weights_are_put_back(numbers, best, capsys):
+    made, model, log = follow(numbers)
+    assert [{k: v for k, v in line.items() if k != "step"} for line in log.reports] == numbers
+    made.restore()
+    assert model.weight.item() == best and f"after step {best}, the best" in capsys.readouterr().out
+    made, model, _ = follow(numbers + numbers[-1:] * 10, keep="last")  # which never ends early
+    made.restore()
+    assert model.weight.item() == 100 and list(made.parts) == ["curve"]
+
+
+@pytest.mark.parametrize("numbers, end", [
+    (losses(9, 8, 7, 6, 5, 5.5, 5.2, 1), 70),  # two looks in a row, a fifth of the run
+    (losses(9, 8, 8.1, 8.2, 8.3, 8.4, 1), 60),  # not in the first half, in which the rate is high
+    (losses(9, 8, 7, 6, 5, 5.5, 4.9, 5.5, 4.8, 5), 100),
+    ([{"val_accuracy": a, "val_loss": b} for a, b in zip([.5] * 10, range(10, 0, -1), strict=True)], 100),
+    ([{"val_accuracy": a, "val_loss": 1.0} for a in (.5, .6, .7, .8, .9, .9, .9)], 70),
+])
+def test_a_run_ends_when_nothing_has_improved_for_a_fifth_of_it(numbers, end):
+    assert follow(numbers)[2].reports[-1]["step"] == end
+
+
+def test_a_number_that_is_not_finite_ends_the_run():
+    with pytest.raises(UserError, match="step 20: non-finite val_loss"):
+        follow(losses(1.0, math.nan))
+
+
+def test_the_state_of_a_curve_is_checked():
+    made = follow(losses(3, 2, 1), steps=3)[0]
+    made.check_state(made.state_dict())
+    good = made.state_dict()
+    for bad in (None, {}, good | {"best": 3}, good | {"best": {"val_loss": "x"}}, good | {"idle": "2"},
+                good | {"sums": {1: 2.0}}, good | {"best": {"val_loss": math.inf}}, good | {"looks": None}):
+        with pytest.raises(ValueError, match="held-out curve"):
+            made.check_state(bad)
+
+
+def test_a_sample_has_so_many_tokens():
+    assert curve.sample([[1] * 5] * 10, 12) == 2 and curve.sample([[1] * 50], 12) == 1
+
+
+# ---- in the scripts ----
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Held-out demonstrations that the training data contradict after a while."""
+    data = tmp_path_factory.mktemp("data")
+    make_data(data)
+    jsonl(data / "sft.jsonl", [{"prompt": "x:", "completion": "ab" * 6} for _ in range(64)])
+    jsonl(data / "sft_val.jsonl", [{"prompt": "x:", "completion": word} for word in ("ba" * 6, "a")])
+    return data
+
+
+SFT = SIZES | {"epochs": 20.0, "batch_tokens": 128, "lr": 1e-2, "save_every": 0}
+
+
+def train(folder, out, **settings):
+    train_sft.main(train_sft.Config(**SFT | {"data": str(folder), "out": str(out)} | settings))
+    log = lines(out / "sft.log.jsonl")
+    looks = {line["report"]["step"]: line["report"]["val_loss"] for line in log
+             if "step" in line.get("report", ())}
+    return looks, log[-1]["report"]["val_loss"], steps(out / "sft.log.jsonl")[-1]["step"]
+
+
+def test_sft_keeps_its_best_weights_and_ends_early(folder, tmp_path, capsys):
+    looks, result, ran = train(folder, tmp_path / "best")
+    planned = len(looks) and max(looks)
+    best = min(looks, key=looks.get)
+    assert best < ran == planned and result == pytest.approx(looks[best], rel=1e-5)
+    assert f"after step {best}, the best" in capsys.readouterr().out
+    _, last, _ = train(folder, tmp_path / "last", keep="last")
+    assert last > 1.1 * result
+    assert not same_weights(load(GPT, tmp_path / "best/sft.pt"), load(GPT, tmp_path / "last/sft.pt"))
+
+
+def stop_after(monkeypatch, number):
+    """As if a signal came during that step."""
+    shipped = Run.after
+
+    def after(run, step, last=False):
+        run.caught = signal.SIGTERM if step == number else 0
+        shipped(run, step, last)
+    monkeypatch.setattr(Run, "after", after)
+
+
+@pytest.mark.parametrize("where", ["middle", "end"])
+def test_a_run_that_ends_early_resumes_to_the_same_bits(folder, tmp_path, monkeypatch, where):
+    looks, result, ran = train(folder, tmp_path / "a")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_after(patched, ran if where == "end" else ran - 2)
+        train(folder, tmp_path / "b")
+    assert not (tmp_path / "b/sft.pt").exists()
+    assert train(folder, tmp_path / "b", resume=True) == (looks, result, ran)
+    assert (tmp_path / "a/sft.pt").read_bytes() == (tmp_path / "b/sft.pt").read_bytes()
+    assert lines(tmp_path / "a/sft.log.jsonl")[1:] == lines(tmp_path / "b/sft.log.jsonl")[1:]
+    with pytest.raises(SystemExit) as end:
+        train(folder, tmp_path / "b", resume=True)
+    assert not end.value.code
+
+
+def test_another_number_of_threads_is_said(folder, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_after(patched, 3)
+        train(folder, tmp_path)
+    now = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now + 1)
+    train(folder, tmp_path, resume=True)
+    assert f"another number of threads than before ({now})" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    make_data(folder)
+    out = {"data": str(folder), "out": str(folder)}
+    train_sft.main(train_sft.Config(**SIZES | out, epochs=8))
+    train_rm.main(train_rm.Config(**out, epochs=2.0, batch_tokens=512, lr=5e-3, device="cpu", keep="last"))
+    return folder
+
+
+def test_the_curve_of_a_reward_model_is_that_of_its_report(models):
+    log = [line["report"] for line in lines(models / "rm.log.jsonl") if "report" in line]
+    assert log[-1]["accuracy"] == pytest.approx(log[-2]["val_accuracy"], abs=1e-6)
+    assert 0 < log[-1]["ridge_accuracy"] <= 1
+
+
+# ---- what is said beside what is trivial ----
+
+@pytest.mark.parametrize("lead, idle, said", [
+    (0.5, 0, "the network is ahead of pairs by 0.5 nats"), (0.0, 0, "level with pairs"),
+    (-0.25, 0, "behind pairs by 0.25 nats; it was still improving when it ended: raise --epochs"),
+    (-0.25, 1, "behind pairs by 0.25 nats; it was best before the end, and then learned the texts by heart: "
+               "raise --dropout, lower --lr, or add data")])
+def test_sentences_beside_a_baseline(lead, idle, said):
+    made = follow(losses(3, 2, 1), steps=3)[0]
+    made.idle = idle
+    sentence = compare(lead, "nats", "pairs", made)
+    assert said in sentence and ("warning" in sentence) == (lead < 0)
+
+
+@pytest.mark.parametrize("after, said", [
+    ({"score": 2.0}, "score +1.000"), ({"score": 2.0, "gold": 0.9}, "gold +0.400"),
+    ({"score": 0.5}, "warning: "), ({"score": 2.0, "gold": 0.4}, "but not the truth")])
+def test_sentences_beside_the_best_of_four(after, said):
+    assert said in beside_best_of({"score": 1.0, "gold": 0.5}, after)
+
+
+# ---- PPO ----
+
+def run_ppo(models, out, **settings):
+    out.mkdir(exist_ok=True)
+    for name in ("sft.pt", "rm.pt"):
+        shutil.copy(models / name, out)
+    ppo.main(ppo.Config(**PPO | {"data": str(models), "out": str(out), "show": 0} | settings))
+
+
+def settings(**other):
+    return SimpleNamespace(**{"kl_target": 0.0, "kl_budget": 10.0, "kl_coef": 0.05, "kl_horizon": None,
+                              "batch": 64, "updates": 60} | other)
+
+
+def test_the_budget_raises_the_penalty_and_never_lowers_it_below_what_was_given():
+    cfg = settings()
+    assert ppo.next_kl_coef(0.05, 9.9, cfg) == 0.05
+    assert ppo.next_kl_coef(0.05, 11.0, cfg) == pytest.approx(0.055)
+    assert ppo.next_kl_coef(0.05, 99.0, cfg) == pytest.approx(0.06)
+    assert ppo.next_kl_coef(0.06, 5.0, cfg) == 0.05
+    assert ppo.next_kl_coef(0.09, 9.0, cfg) == pytest.approx(0.081)
+    cfg.kl_budget = 0.0
+    assert ppo.next_kl_coef(0.05, 99.0, cfg) == 0.05
+    cfg.kl_budget, cfg.kl_coef = 10.0, 0.0
+    assert ppo.next_kl_coef(0.0, 99.0, cfg) == 0.0
+
+
+@pytest.mark.parametrize("updates, batch", [(60, 64), (600, 64), (60, 512)])
+def test_a_target_can_change_the_penalty_fifty_fold_within_a_run_of_any_length(updates, batch):
+    cfg, coef = settings(kl_target=6.0, batch=batch, updates=updates), 0.05
+    for _ in range(updates):
+        coef = ppo.next_kl_coef(coef, 99.0, cfg)
+    assert 40 < coef / 0.05 < 60
+
+
+def test_the_log_has_the_penalty_of_its_own_update(models, tmp_path, monkeypatch):
+    used, shipped = [], ppo.advantages
+    monkeypatch.setattr(ppo, "advantages", lambda batch, kl_coef, lam: used.append(kl_coef)
+                        or shipped(batch, kl_coef, lam))
+    run_ppo(models, tmp_path, updates=6, kl_budget=1e-4)
+    logged = [line["kl_coef"] for line in steps(tmp_path / "ppo.log.jsonl")]
+    assert logged == used[1:]  # the first is the self-check's
+    assert logged[0] == ppo.Config.kl_coef < logged[-1]
+
+
+def test_the_best_policy_within_the_budget_is_kept_beside_the_last(models, tmp_path, monkeypatch):
+    """Held-out scores after 10, 20, 30 updates; the best of them has too much KL."""
+    numbers, seen, shipped = iter([(1, 5), (9, 99), (0, 5)]), [], report.look
+
+    def look(run, update, before, now, *rest):
+        score, kl = next(numbers)
+        n = len(now["score"])
+        seen.append([p.clone() for p in rest[0].model.parameters()])
+        now |= {"score": [score] * n, "kl": [min(kl, 40)] * n}
+        return shipped(run, update, before, now, *rest)
+    monkeypatch.setattr(report, "look", look)
+    run_ppo(models, tmp_path, updates=30, epochs=1, minibatches=1, max_new_tokens=3)
+    best, last = load(GPT, tmp_path / "ppo.best.pt"), load(GPT, tmp_path / "ppo.pt")
+    assert all(torch.equal(a, b) for a, b in zip(best.parameters(), seen[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(last.parameters(), seen[2], strict=True))
+
+
+def test_no_policy_within_the_budget_leaves_none_behind(models, tmp_path, monkeypatch):
+    run_ppo(models, tmp_path)
+    assert (tmp_path / "ppo.best.pt").exists()
+    shipped = report.look
+    monkeypatch.setattr(report, "look", lambda run, update, before, now, *rest: shipped(
+        run, update, before, now | {"kl": [40.0] * len(now["kl"])}, *rest))
+    run_ppo(models, tmp_path)
+    assert not (tmp_path / "ppo.best.pt").exists() and (tmp_path / "ppo.best.prev.pt").exists()
+
+
+@pytest.mark.parametrize("how", ["kl", "eos"])
+def test_a_run_that_diverged_does_not_replace_the_result(models, tmp_path, monkeypatch, how):
+    run_ppo(models, tmp_path, seed=2)
+    before = (tmp_path / "ppo.pt").read_bytes()
+    shipped = report.evaluate
+
+    def evaluate(phases, prompts, world, cfg, device, models, **seed):
+        result = shipped(phases, prompts, world, cfg, device, models, **seed)
+        if models.policy.moved:
+            result[how] = [51.0 if how == "kl" else 0.0] * len(result["kl"])
+        elif how == "eos":
+            result["eos"] = [1.0] * len(result["kl"])
+        return result
+    monkeypatch.setattr(GPT, "moved", property(lambda gpt: not torch.equal(
+        gpt.lm_head.weight, load(GPT, tmp_path / "sft.pt").lm_head.weight)), raising=False)
+    monkeypatch.setattr(report, "evaluate", evaluate)
+    with pytest.raises(UserError, match=r"after update 3 the policy has diverged: .*ppo\.pt is not replaced"):
+        run_ppo(models, tmp_path)
+    assert (tmp_path / "ppo.pt").read_bytes() == before
+    assert (tmp_path / "ppo.state.pt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_held_out_report_ends_the_run_at_once(models, tmp_path, monkeypatch, number,
+                                                                  capsys):
+    """After update 10, which is saved then; no update is made after it, and the rest is as ever."""
+    settings = {"updates": 12, "epochs": 1, "minibatches": 1, "max_new_tokens": 4, "save_every": 4}
+    run_ppo(models, tmp_path / "a", **settings)
+    shipped, calls = report.evaluate, []
+
+    def evaluate(*args, **seed):
+        calls.append(len(calls))
+        if calls[-1] == 1:  # the first is the report before any update
+            os.kill(os.getpid(), number)
+        return shipped(*args, **seed)
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as in the background
+    try:
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as end:
+            patched.setattr(report, "evaluate", evaluate)
+            run_ppo(models, tmp_path / "b", **settings)
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert end.value.code == 128 + number and calls == [0, 1]
+    assert "step 10 of 12 is saved; rerun with --resume" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "b/ppo.state.pt", weights_only=True)
+    assert saved["step"] == 10 and saved["parts"]["best"]["step"] == 0
+    run_ppo(models, tmp_path / "b", **settings, resume=True)
+    for name in ("ppo.pt", "ppo.best.pt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_best_is_offered_a_number_at_a_time():
+    gpt = tiny_gpt()
+    best = Best(gpt)
+    assert best.now == {"step": 0, "number": 0.0} and set(best.parts) == {"best", "best_model"}
+    assert best.offer(10, -3.0) and not best.offer(20, -4.0) and best.now == {"step": 10, "number": -3.0}
+    with torch.no_grad():
+        gpt.lm_head.weight.add_(1)
+    assert not same_weights(best.copy, gpt) and best.offer(30, -1.0) and same_weights(best.copy, gpt)

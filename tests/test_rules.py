@@ -1,0 +1,165 @@
+"""What a flag is when nobody gives it: the rules, and that all scripts go through them."""
+import math
+from types import SimpleNamespace
+
+import pytest
+from helpers import BYTES, SIZES, jsonl, make_data
+
+import train_rm
+import train_sft
+from data.files import UserError
+from data.records import read_sft
+from lib import rules, threads
+from lib.checkpoint import load
+from lib.flags import check_pairs, flags
+from lib.rewards import score_rows
+from lib.start import start, start_rm
+
+
+def test_the_stories_get_what_their_results_were_made_with():
+    """Another rule would ask for other tables in docs/results.md."""
+    assert rules.sft(389_301, 929_024, 128, "") == {
+        "epochs": 3.0, "dropout": 0.0, "batch_tokens": 2048, "lr": 4e-3}
+    assert rules.rm(4_841_916, 4_500_000, 128) == {
+        "pool": "last", "epochs": 1.0, "dropout": 0.0, "batch_tokens": 1792, "lr": 5e-4}
+    for lengths in ([], [54] * 1980 + [79] * 20):
+        assert rules.max_new_tokens(128, lengths) == 100
+    assert rules.block_size([65] * 990 + [90] * 10) == 128
+
+
+def test_less_data_is_read_more_often_with_dropout_and_a_lower_rate():
+    much, few = (rules.sft(tokens, 2_000_000, 128, "") for tokens in (2_000_000, 200_000))
+    assert much["epochs"] < few["epochs"] and much["dropout"] == 0 < few["dropout"]
+    assert few["lr"] < much["lr"]
+    much, few = rules.rm(10**7, 10**7, 128), rules.rm(200_000, 200_000, 128)
+    assert (much["pool"], few["pool"]) == ("last", "mean") and much["dropout"] == 0 < few["dropout"]
+    assert few["epochs"] == 6 and rules.rm(1_200_000, 200_000, 128)["epochs"] == 1  # a text is seen 6 times
+
+
+def test_rates_fall_with_the_width():
+    rates = [rules.sft(10**7, 10**6, width, "")["lr"] for width in (128, 256, 768)]
+    assert rates == pytest.approx([4e-3, 2e-3, 4e-3 / 6], rel=0.02)
+    trained = rules.sft(10**7, 124 * 10**6, 768, "gpt2.pt")
+    assert 0.9e-4 < trained["lr"] < 1.3e-4 and trained["epochs"] == 1 and trained["dropout"] == 0
+    assert 1e-5 < rules.rm(10**8, 10**8, 768)["lr"] < 2e-5
+
+
+def test_batches_grow_with_the_data():
+    for rule in (lambda n: rules.sft(n, 10**6, 128, ""), lambda n: rules.rm(n, n, 128)):
+        sizes = [rule(n)["batch_tokens"] for n in (10**4, 10**6, 10**7, 10**9)]
+        assert sizes == sorted(sizes) and sizes[0] < 2100 and sizes[-1] == 16_384
+
+
+@pytest.mark.parametrize("size, wanted", [(1, 512), (1000, 512), (600_000, 4096), (10**9 // 500, 8192)])
+def test_vocabulary(size, wanted):
+    assert rules.vocab_size(["x" * (size // 2), "é" * (size // 4)]) == wanted
+
+
+@pytest.mark.parametrize("longest, wanted", [(1, 64), (60, 96), (100, 128), (5000, 1024)])
+def test_block_size(longest, wanted):
+    assert rules.block_size([longest]) == wanted
+    assert rules.block_size([1] * 999 + [longest]) == 64  # one in a thousand is truncated
+
+
+def test_what_is_given_stays_and_what_is_not_is_printed_with_its_reason(capsys):
+    cfg = train_sft.Config(lr=1e-3)
+    cfg.given = {"lr"}
+    made = rules.fill(cfg, "because", lr=2e-3, epochs=3.0, batch_tokens=99)
+    assert (made.lr, made.epochs, made.batch_tokens, made.given) == (1e-3, 3.0, 99, {"lr"})
+    assert cfg.epochs is None  # a copy
+    assert capsys.readouterr().out == "by the data: --epochs 3.0 --batch-tokens 99 (because)\n"
+    assert rules.fill(made, "because", lr=2e-3) == made and capsys.readouterr().out == ""
+
+
+def test_start_fills_in_every_flag(tmp_path, capsys):
+    make_data(tmp_path / "data")
+    examples = [("p", "some words to learn " * 3)] * 40
+    gpt, tokenizer, cfg = start(train_sft.Config(n_layer=1, n_head=2, d_model=16), examples)
+    assert None not in vars(cfg).values()
+    assert gpt.config.vocab_size == tokenizer.vocab_size == cfg.vocab_size and cfg.block_size == 64
+    assert gpt.config.dropout == cfg.dropout == 0.3
+    said = capsys.readouterr().out
+    assert said.startswith("by the data: --vocab-size ") and "--dropout 0.3" in said and "width 16" in said
+    gpt, tokenizer, cfg = start(train_sft.Config(**SIZES | {"dropout": 0.1}), examples)
+    assert tokenizer.name == BYTES.name and cfg.dropout == gpt.config.dropout == 0.1
+    assert cfg.vocab_size is None and "--vocab-size" not in capsys.readouterr().out
+
+
+def test_the_reward_model_counts_a_response_once(tmp_path, capsys):
+    make_data(tmp_path / "data")
+    train_sft.main(train_sft.Config(**SIZES, data=str(tmp_path / "data"), out=str(tmp_path), epochs=0.1))
+    for name in ("preferences", "preferences_val"):
+        jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "", "responses": [f"text {i}", f"text {i + k}"]}
+                                           for i in range(50) for k in range(1, 4)])
+    gpt, *_, cfg = start_rm(train_rm.Config(), tmp_path / "sft.pt", tmp_path)
+    assert None not in vars(cfg).values() and cfg.pool == "mean" and gpt.config.dropout == cfg.dropout == 0.3
+    assert cfg.epochs == round(6 * 53 / 300) == 1
+    assert cfg.max_new_tokens == 32 * 4 // 5
+    cfg = start_rm(train_rm.Config(pool="token", dropout=0.0), tmp_path / "sft.pt", tmp_path / "data")[-1]
+    assert (cfg.pool, cfg.dropout) == ("token", 0.0)
+    longest = max(len(completion) + 1 for _, completion in read_sft(tmp_path / "data/sft.jsonl"))
+    assert cfg.max_new_tokens == min(31 * 4 // 5, 4 * math.ceil(1.25 * longest / 4))
+
+
+def test_help_says_that_it_is_by_the_data():
+    text = " ".join(flags(train_rm.main, train_rm.Config).format_help().split())
+    assert text.count("(default by the data)") == 6 and "None" not in text
+
+
+def test_keep_is_best_or_last():
+    for keep in ("best", "last"):
+        check_pairs(train_rm.Config(keep=keep))
+    with pytest.raises(UserError, match="--keep first: expected best or last"):
+        check_pairs(train_rm.Config(keep="first"))
+
+
+# ---- ratings ----
+
+def test_ratings_are_learned_beside_the_order(tmp_path):
+    """Two texts far apart and two that are close: the order alone can't tell which; ratings can."""
+    rows = [{"prompt": "", "responses": [f"aa {i}", f"ab {i}", f"zz {i}"], "ratings": [1.0, 0.9, -4.0]}
+            for i in range(200)]
+    gaps = {}
+    for name, some in (("rated", rows), ("ranked", [{k: row[k] for k in ("prompt", "responses")}
+                                                    for row in rows])):
+        data = tmp_path / name
+        data.mkdir()
+        jsonl(data / "preferences.jsonl", some)
+        jsonl(data / "preferences_val.jsonl", some[:20])
+        jsonl(data / "sft.jsonl", [{"prompt": "", "completion": row["responses"][0]} for row in rows])
+        jsonl(data / "sft_val.jsonl", [{"prompt": "", "completion": "aa 1"}])
+        train_sft.main(train_sft.Config(**SIZES, data=str(data), out=str(data), epochs=0.2))
+        train_rm.main(train_rm.Config(data=str(data), out=str(data), device="cpu", epochs=6, lr=3e-3,
+                                      batch_tokens=512, dropout=0.0, pool="last", keep="last"))
+        rm = load(train_rm.RewardModel, data / "rm.pt")
+        scores = score_rows(rm, [BYTES.encode(text) for text in rows[0]["responses"]], 99, "cpu") * rm.scale
+        gaps[name] = (scores[0] - scores[1]).item() / (scores[1] - scores[2]).item()
+    assert gaps["rated"] < 0.15 < gaps["ranked"]
+
+
+# ---- other processes ----
+
+def test_a_busy_machine_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    cpu = SimpleNamespace(type="cpu")
+    for used, said in ((0.2, False), (0.9, True), (2.0, True)):
+        monkeypatch.setattr(threads, "used_by_others", lambda used=used: used)
+        threads.warn_if_busy(cpu)
+        assert ("OMP_NUM_THREADS=1" in capsys.readouterr().out) == said
+    threads.warn_if_busy(SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 1)
+    threads.warn_if_busy(cpu)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_time_of_the_cores_is_read(monkeypatch, tmp_path):
+    """user, nice, system, irq, softirq, steal are work; idle and iowait are not; other cores don't count."""
+    stat = tmp_path / "stat"
+    shots = iter(["cpu 9 9 9 9 9 9 9 9\ncpu0 100 0 0 500 50 0 0 0 0 0\ncpu1 7 0 0 1 1 0 0 0\n",
+                  "cpu 9 9 9 9 9 9 9 9\ncpu0 106 1 2 900 90 3 4 5 0 0\ncpu1 99 0 0 1 1 0 0 0\n"])
+    monkeypatch.setattr(threads, "open", lambda path: stat.write_text(next(shots)) and stat.open(),
+                        raising=False)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
+    assert threads.used_by_others(0.25) == pytest.approx(21 / 25)
