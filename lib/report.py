@@ -248,8 +248,9 @@ def win_rate(after, before):
 
 def results(before, chosen, after, updates, score):
     """The reports that the log ends with."""
-    return ({"update": 0, **means(before), **scale_of(score)}, {"best_of": 4, **means(chosen)},
-            {"update": updates, **means(after), **win_rates(after, before)})
+    best = {f"best_of_4_{name}": x for name, x in means(chosen).items() if name in ("score", "gold", "judge")}
+    return ({"update": 0, **means(before), **scale_of(score)},
+            {"update": updates, **means(after), **win_rates(after, before), **best})
 
 
 def win_rates(after, before):

@@ -12,7 +12,8 @@ from lib.checkpoint import load, load_tokenizer
 from lib.report import accuracy, held_out_pairs
 from lib.rewards import score_rows
 from model import RewardModel
-from train_rm import Config
+
+BATCH_TOKENS = 4096
 
 
 def reports(path):
@@ -34,16 +35,17 @@ def together(data, folders, wide=2):
         rm, tokenizer = load(RewardModel, folder / "rm.pt"), load_tokenizer(folder / "rm.pt")
         val = read_preferences(Path(data) / "preferences_val.jsonl")
         groups = encode_rankings(val, tokenizer, rm.room, "preferences_val.jsonl")
-        scores.append(score_rows(rm, [row for g in groups for row in g.rows], Config.batch_tokens, "cpu"))
+        scores.append(score_rows(rm, [row for g in groups for row in g.rows], BATCH_TOKENS, "cpu"))
     gap, _, gold, _ = held_out_pairs(groups, torch.stack(scores).mean(0), None)
     return [accuracy(gap).mean().item(), accuracy(gap[gold.abs() > wide]).mean().item()]
 
 
 def main(data, folders):
     rm = {folder.name: reports(folder / "rm.log.jsonl")[-1] for folder in folders}
-    print_rows(["seed", "all pairs", "far apart", "longer wins", "calibration error"],
-               [[seed, r["accuracy"], r["accuracy_wide"], r["longer_wins"], r["calibration_error"]]
-                for seed, r in rm.items()] + [["their mean score", *together(data, folders), "", ""]])
+    print_rows(["seed", "all pairs", "far apart", "ridge on words", "longer wins", "calibration error"],
+               [[seed, r["accuracy"], r["accuracy_wide"], r["ridge_accuracy"], r["longer_wins"],
+                 r["calibration_error"]] for seed, r in rm.items()]
+               + [["their mean score", *together(data, folders), "", "", ""]])
     columns = ["score", "judge", "kl", "length", "distinct_2", "eos"]
     for folder in folders:
         some = {r["update"]: r for r in reports(folder / "half0/ppo.log.jsonl")}

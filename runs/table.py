@@ -4,8 +4,8 @@ import statistics
 import sys
 from pathlib import Path
 
-COLUMNS = ("RM accuracy", "ceiling", "longer wins", "gold SFT", "gold PPO", "of the gap",
-           "gold win rate", "EOS", "of its peak", "score", "KL")
+COLUMNS = ("RM accuracy", "ceiling", "ridge", "longer wins", "gold SFT", "gold best of 4", "gold PPO",
+           "of the gap", "gold win rate", "EOS", "of its peak", "score", "KL")
 
 
 def row(folder):
@@ -18,8 +18,8 @@ def row(folder):
     before, after = (next(r for r in reports if r["update"] == u) for u in (0, last))
     closed = (after["gold"] - before["gold"]) / (1 - before["gold"])
     peak = max(r["gold"] for r in reports)
-    return (rm["accuracy"], rm["ceiling"], rm["longer_wins"], before["gold"], after["gold"], closed,
-            after["gold_win_rate"], after["eos"], after["gold"] / peak, after["score"], after["kl"])
+    return (rm["accuracy"], rm["ceiling"], rm["ridge_accuracy"], rm["longer_wins"], before["gold"],
+            after["best_of_4_gold"], after["gold"], closed, after["gold_win_rate"], after["eos"], after["gold"] / peak, after["score"], after["kl"])
 
 
 def main(folders):
