@@ -141,6 +141,7 @@ LEGEND = """columns, while it trains and in out/ppo.log.jsonl:
   score, judge     mean reward, in sd of the SFT model's samples; judge: of a second model, never optimised
   raw              mean of what --reward returned, before it was scaled
   gold             mean true score, where it is known; nothing sees it
+  best_of_4_...    the same of the best by score of 4 samples of the SFT model a prompt
   kl               nats a response between the policy and the SFT model
   entropy          nats a token; near 0: the policy says the same thing again and again
   eos, length      share of responses that end; their tokens

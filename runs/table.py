@@ -19,7 +19,8 @@ def row(folder):
     closed = (after["gold"] - before["gold"]) / (1 - before["gold"])
     peak = max(r["gold"] for r in reports)
     return (rm["accuracy"], rm["ceiling"], rm["ridge_accuracy"], rm["longer_wins"], before["gold"],
-            after["best_of_4_gold"], after["gold"], closed, after["gold_win_rate"], after["eos"], after["gold"] / peak, after["score"], after["kl"])
+            after["best_of_4_gold"], after["gold"], closed, after["gold_win_rate"], after["eos"],
+            after["gold"] / peak, after["score"], after["kl"])
 
 
 def main(folders):
