@@ -7,7 +7,7 @@ import torch
 from lib.common import finite
 from lib.state import check_plain
 
-LOOKS, PATIENCE = 10, 2  # looks in a run; after so many without any improvement it ends
+LOOKS = 10  # in a run
 SAMPLE = 16_384  # held-out tokens that a look reads, at most
 
 
@@ -43,7 +43,7 @@ class Curve:
 
     def __init__(self, model, measure, steps, keep):
         self.model, self.measure, self.steps, self.every = model, measure, steps, max(1, steps // LOOKS)
-        self.sums, self.best, self.looks, self.idle = {}, {}, 0, 0
+        self.sums, self.best, self.looked, self.idle = {}, {}, 0, 0
         self.kept = Best(model) if keep == "best" else None
         self.parts = {"curve": self} | (self.kept.parts if self.kept else {})
 
@@ -65,7 +65,7 @@ class Curve:
         better = [name for name, x in numbers.items()
                   if name not in self.best or sign[name] * (x - self.best[name]) > 0]
         self.best |= {name: numbers[name] for name in better}
-        self.looks, self.idle = self.looks + 1, 0 if better else self.idle + 1
+        self.looked, self.idle = step, 0 if better else self.idle + 1
         first = next(iter(numbers))
         best = self.kept.offer(step, sign[first] * numbers[first]) if self.kept else first in better
         log.report(step=step, **numbers)
@@ -74,7 +74,7 @@ class Curve:
 
     @property
     def over(self):
-        return bool(self.kept) and self.idle >= PATIENCE and self.looks > LOOKS // 2
+        return bool(self.kept) and self.looked > self.steps // 2 and self.idle * self.every >= self.steps // 5
 
     @property
     def improving(self):
@@ -87,7 +87,7 @@ class Curve:
             print(f"kept: the weights after step {self.kept.now['step']}, the best on held-out data")
 
     def state_dict(self):
-        return {"sums": self.sums, "best": self.best, "looks": self.looks, "idle": self.idle}
+        return {"sums": self.sums, "best": self.best, "looked": self.looked, "idle": self.idle}
 
     def check_state(self, state):
         """ValueError: not what state_dict can be."""

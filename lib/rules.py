@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 WIDTH = 128  # of the network that the rates were found with
+STEPS = 300  # in a run, at least
 FEW = 1_000_000  # tokens of ranked texts; with fewer the reward model learns the texts by heart
 
 
@@ -41,16 +42,17 @@ def sft(tokens, parameters, width, init):
     epochs = 1 if init else 16 if few else 3
     rate = 4e-3 * (WIDTH / width) ** (2 if init else 1)
     return {"epochs": float(epochs), "dropout": 0.3 if few else 0.0,
-            "batch_tokens": min(16_384, max(2048, tokens // 200)), "lr": _round(rate / 2 if few else rate)}
+            "batch_tokens": _batch(2048, tokens, 200, epochs), "lr": _round(rate / 2 if few else rate)}
 
 
 def rm(tokens, different, width):
     """Of train_rm.py: `tokens` of ranked texts, of which `different` are those of different texts."""
     few = different < FEW
-    epochs = max(1, round(6 * different / tokens)) if few else 1
+    passes = min(24, max(6, 1_500_000 / different))  # in how many rankings a response is read
+    epochs = max(1, round(passes * different / tokens)) if few else 1
     rate = (1e-3 if few else 5e-4) * (WIDTH / width) ** 2
     return {"pool": "mean" if few else "last", "epochs": float(epochs), "dropout": 0.3 if few else 0.0,
-            "batch_tokens": min(16_384, max(1792, tokens // 2800)), "lr": _round(rate)}
+            "batch_tokens": _batch(1792, tokens, 2800, epochs), "lr": _round(rate)}
 
 
 def max_new_tokens(room, lengths):
@@ -63,6 +65,12 @@ def max_new_tokens(room, lengths):
 def kl_horizon(responses):
     """Of a run with so many responses: kl_coef can then change fifty-fold in it, whatever its length."""
     return max(1, responses // 20)
+
+
+def _batch(usual, tokens, steps, epochs):
+    """Tokens in a step: the usual number; more where an epoch would have more than so many steps, and fewer
+    where the run would have less than STEPS."""
+    return min(16_384, max(usual, tokens // steps), max(256, int(tokens * epochs) // STEPS))
 
 
 def _round(x):

@@ -8,23 +8,19 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} data=data/files/reviews out=${OUT:-out/reviews} seeds=${SEEDS:-1}
-sft="--epochs 16 --dropout 0.3 --lr 2e-3 --block-size 96"
-rm="--pool mean --dropout 0.3 --lr 1e-3 --batch-tokens 2432 --wide-gap 2"
 
 $python -m data.reviews "$@"
 for half in 0 1; do $python -m data.reviews "$@" --half $half --to ${data}_half$half; done
-mkdir -p "$out"
-[ -e "$out/reviews.bpe" ] ||
-    $python -m data.tokenizer train --vocab-size 8192 --out "$out/reviews.bpe" $data/sft.jsonl
 for seed in $seeds; do
     dir=$out/$seed
-    $python train_sft.py --data $data --out "$dir" --seed $seed --tokenizer "$out/reviews.bpe" $sft
-    $python train_rm.py --data $data --out "$dir" --seed $seed $rm
+    $python train_sft.py --data $data --out "$dir" --seed $seed
+    $python train_rm.py --data $data --out "$dir" --seed $seed --wide-gap 2
     for half in 0 1; do
-        $python train_rm.py --data ${data}_half$half --sft "$dir/sft.pt" --out "$dir/half$half" --seed $seed $rm
+        $python train_rm.py --data ${data}_half$half --sft "$dir/sft.pt" --out "$dir/half$half" --seed $seed \
+            --wide-gap 2
     done
     $python ppo.py --data $data --sft "$dir/sft.pt" --out "$dir/half0" --judge "$dir/half1/rm.pt" --seed $seed \
-        --max-new-tokens 48 --kl-coef 0.15 --show 10
+        --show 10
 done
 folders=()
 for seed in $seeds; do folders+=("$out/$seed"); done

@@ -90,6 +90,12 @@ def test_a_run_ends_when_nothing_has_improved_for_a_fifth_of_it(numbers, end):
     assert follow(numbers)[2].reports[-1]["step"] == end
 
 
+def test_a_short_run_with_a_look_at_each_step_has_the_same_fifth():
+    """19 steps: not before the middle, and not after fewer than three looks in vain."""
+    ends = [follow(losses(*[9] * i, 1, *[2] * 30), steps=19)[2].reports[-1]["step"] for i in (1, 8, 17)]
+    assert ends == [10, 12, 10]
+
+
 def test_a_number_that_is_not_finite_ends_the_run():
     with pytest.raises(UserError, match="step 20: non-finite val_loss"):
         follow(losses(1.0, math.nan))
@@ -100,7 +106,7 @@ def test_the_state_of_a_curve_is_checked():
     made.check_state(made.state_dict())
     good = made.state_dict()
     for bad in (None, {}, good | {"best": 3}, good | {"best": {"val_loss": "x"}}, good | {"idle": "2"},
-                good | {"sums": {1: 2.0}}, good | {"best": {"val_loss": math.inf}}, good | {"looks": None}):
+                good | {"sums": {1: 2.0}}, good | {"best": {"val_loss": math.inf}}, good | {"looked": None}):
         with pytest.raises(ValueError, match="held-out curve"):
             made.check_state(bad)
 

@@ -33,7 +33,8 @@ def test_less_data_is_read_more_often_with_dropout_and_a_lower_rate():
     assert few["lr"] < much["lr"]
     much, few = rules.rm(10**7, 10**7, 128), rules.rm(200_000, 200_000, 128)
     assert (much["pool"], few["pool"]) == ("last", "mean") and much["dropout"] == 0 < few["dropout"]
-    assert few["epochs"] == 6 and rules.rm(1_200_000, 200_000, 128)["epochs"] == 1  # a text is seen 6 times
+    assert few["epochs"] == 8 and rules.rm(1_500_000, 250_000, 128)["epochs"] == 1  # a text is seen 6 times
+    assert rules.rm(3_000, 3_000, 128)["epochs"] == 24
 
 
 def test_rates_fall_with_the_width():
@@ -46,8 +47,10 @@ def test_rates_fall_with_the_width():
 
 def test_batches_grow_with_the_data():
     for rule in (lambda n: rules.sft(n, 10**6, 128, ""), lambda n: rules.rm(n, n, 128)):
-        sizes = [rule(n)["batch_tokens"] for n in (10**4, 10**6, 10**7, 10**9)]
-        assert sizes == sorted(sizes) and sizes[0] < 2100 and sizes[-1] == 16_384
+        sizes = [rule(n)["batch_tokens"] for n in (10**3, 10**4, 10**6, 10**7, 10**9)]
+        assert sizes == sorted(sizes) and sizes[0] == 256 and sizes[2] <= 5000 and sizes[-1] == 16_384
+        few = rule(10**4)
+        assert 10**4 * few["epochs"] / few["batch_tokens"] >= 300
 
 
 @pytest.mark.parametrize("size, wanted", [(1, 512), (1000, 512), (600_000, 4096), (10**9 // 500, 8192)])
@@ -93,7 +96,7 @@ def test_the_reward_model_counts_a_response_once(tmp_path, capsys):
                                            for i in range(50) for k in range(1, 4)])
     gpt, *_, cfg = start_rm(train_rm.Config(), tmp_path / "sft.pt", tmp_path)
     assert None not in vars(cfg).values() and cfg.pool == "mean" and gpt.config.dropout == cfg.dropout == 0.3
-    assert cfg.epochs == round(6 * 53 / 300) == 1
+    assert cfg.epochs == round(24 * 53 / 300) == 4
     assert cfg.max_new_tokens == 32 * 4 // 5
     cfg = start_rm(train_rm.Config(pool="token", dropout=0.0), tmp_path / "sft.pt", tmp_path / "data")[-1]
     assert (cfg.pool, cfg.dropout) == ("token", 0.0)
