@@ -71,7 +71,7 @@ class Config(Shared):
     ptx_coef: float = 0.0  # weight of the SFT loss mixed in (PPO-ptx; Ouyang et al. 2022, eq. 2)
     # KL
     kl_coef: float = bounded(0.035, 0)  # KL penalty per nat, in standard deviations of score
-    kl_budget: float = bounded(12.0, 0)  # nats a response; above it kl_coef rises, a fifth an update at most
+    kl_budget: float = bounded(16.0, 0)  # nats a response; near it kl_coef rises
     kl_target: float = 0.0  # if > 0, kl_coef is steered towards this KL instead, up and down
     kl_horizon: int = None  # responses over which --kl-target may change kl_coef by about a fifth
     update_kl: float = bounded(0.05, 0, math.inf)  # end the update once KL(old, new) a token is above 1.5x
@@ -138,13 +138,13 @@ def adapt_kl_coef(kl_coef, kl, target, n, horizon):
 
 
 def next_kl_coef(kl_coef, kl, cfg):
-    """The coefficient after an update with so much KL. --kl-budget never lowers it below --kl-coef."""
+    """The coefficient after an update with so much KL. Above 3/4 of --kl-budget it rises, by half at most;
+    below it falls slowly, so that the KL does not swing, back to --kl-coef. A penalty of 0 stays 0."""
     horizon = cfg.kl_horizon or kl_horizon(cfg.updates * cfg.batch)
     if cfg.kl_target:
         return adapt_kl_coef(kl_coef, kl, cfg.kl_target, cfg.batch, horizon)
-    if cfg.kl_budget and cfg.kl_coef:  # a penalty of 0 stays 0
-        return max(cfg.kl_coef, adapt_kl_coef(kl_coef, kl, cfg.kl_budget, 1, 1))
-    return kl_coef
+    factor = max(0.98, min(1.5, kl / (0.75 * cfg.kl_budget))) if cfg.kl_budget else 1
+    return min(max(kl_coef * factor, cfg.kl_coef), 1e9)
 
 
 def token_logps(gpt, tokens, temperature, mask=None):

@@ -237,11 +237,11 @@ def settings(**other):
 
 def test_the_budget_raises_the_penalty_and_never_lowers_it_below_what_was_given():
     cfg = settings()
-    assert ppo.next_kl_coef(0.05, 9.9, cfg) == 0.05
-    assert ppo.next_kl_coef(0.05, 11.0, cfg) == pytest.approx(0.055)
-    assert ppo.next_kl_coef(0.05, 99.0, cfg) == pytest.approx(0.06)
-    assert ppo.next_kl_coef(0.06, 5.0, cfg) == 0.05
-    assert ppo.next_kl_coef(0.09, 9.0, cfg) == pytest.approx(0.081)
+    assert ppo.next_kl_coef(0.05, 7.4, cfg) == 0.05
+    assert ppo.next_kl_coef(0.05, 7.5 * 1.1, cfg) == pytest.approx(0.055)
+    assert ppo.next_kl_coef(0.05, 99.0, cfg) == pytest.approx(0.075)
+    assert ppo.next_kl_coef(0.0501, 0.0, cfg) == 0.05
+    assert ppo.next_kl_coef(0.09, 7.0, cfg) == pytest.approx(0.0882)
     cfg.kl_budget = 0.0
     assert ppo.next_kl_coef(0.05, 99.0, cfg) == 0.05
     cfg.kl_budget, cfg.kl_coef = 10.0, 0.0
