@@ -134,9 +134,9 @@ class Run:
         self.handlers = {n: signal.signal(n, self._stop) for n in stop_signals()}
         if saved:
             print(f"resuming after step {self.step} of {steps}")
-            if saved.get("threads", torch.get_num_threads()) != torch.get_num_threads():
-                print(f"with another number of threads than before ({saved['threads']!s:.20}) it rounds in "
-                      "another way, so it will not end with the same bits")
+            if type(were := saved.get("threads")) is int and were != torch.get_num_threads():
+                print(f"with another number of threads than before ({were}) it rounds in another way, so it "
+                      "will not end with the same bits")
         self._remember()
         return self.step
 

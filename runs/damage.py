@@ -77,8 +77,8 @@ def load_all(target):
     class Loaded(BaseException):
         pass
 
-    def begin(run, steps, **parts):  # the run ends as soon as the state is loaded
-        step = shipped(run, steps, **parts)
+    def begin(run, cfg, steps, **parts):  # the run ends as soon as the state is loaded
+        step = shipped(run, cfg, steps, **parts)
         run._restore_handlers()
         raise Loaded(copy.deepcopy({x: lib.resume.get_state(part) for x, part in run.parts.items()}), step)
     shipped, sys.argv = lib.resume.Run.begin, TARGETS[target][2].split()

@@ -31,16 +31,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")  # it imports torch once, not once a bug
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
-FILES = {"ppo.py": "ppo checks pipeline rewards faults resume",
+FILES = {"ppo.py": "ppo checks pipeline rewards faults curve resume",
          "train_rm.py": "rm checks pipeline faults resume",
          "train_sft.py": "sft checks ppo pipeline faults resume",
          "model.py": "model rm gpt2 sft checks ppo pipeline",
          "lib/generate.py": "model rm checks ppo pipeline", "lib/fast.py": "model checks pipeline",
-         "lib/report.py": "rm ppo checks pipeline rewards", "lib/rewards.py": "rewards rm ppo pipeline",
+         "lib/report.py": "rm ppo checks pipeline rewards curve", "lib/rewards.py": "rewards rm ppo pipeline",
          "lib/checks.py": "checks", "lib/checks_rm.py": "checks", "tools/score.py": "score",
          "data/split.py": "own_data", "data/lists.py": "prepare reviews", "data/rows.py": "prepare",
          "lib/common.py": "sft rm ppo checks pipeline resume",
-         "lib/flags.py": "records pipeline rewards rough",
+         "lib/flags.py": "records pipeline rewards rough", "lib/rules.py": "rules",
+         "lib/start.py": "rules pipeline",
+         "lib/curve.py": "curve", "lib/baselines.py": "baselines", "lib/threads.py": "rules",
          "data/examples.py": "sft rm ppo pipeline records faults"}
 ONLY = {"lib/common.py": {"batches", "masked_mean", "micro_batches", "count_steps", "shuffled", "Cycle",
                           "set_lr", "clip_and_step", "finite"},  # the rest is the log

@@ -23,7 +23,7 @@ import train_sft
 from data import files
 from data.examples import encode_demonstrations, encode_prompts, encode_rankings, prompt_room
 from data.files import UserError, atomic_file
-from lib import resume
+from lib import report, resume
 from lib.checkpoint import load, load_tokenizer, save
 from lib.common import Log, set_lr
 from lib.resume import Run
@@ -73,7 +73,7 @@ def test_A_odd_prompts_are_the_same_tokens_in_every_stage(folder, monkeypatch, c
     rm()
     monkeypatch.setattr(ppo, "check_start", lambda phases, models, prompts, *rest: seen.update(
         ppo=prompts))
-    monkeypatch.setattr(ppo, "evaluate", lambda phases, models, prompts, *rest: seen.update(
+    monkeypatch.setattr(report, "evaluate", lambda phases, prompts, *rest: seen.update(
         val=prompts) or exit(0))
     with pytest.raises(SystemExit):
         ppo_main()
@@ -181,17 +181,20 @@ def test_H_everything_is_read_before_the_first_step(folder, monkeypatch, name):
 
 
 @pytest.mark.parametrize("stage, evaluation", [
-    (sft, (train_sft, "evaluate")), (rm, (train_rm, "report_pairs")), (ppo_main, (ppo, "evaluate"))])
+    (sft, (train_sft, "evaluate")), (rm, (train_rm, "report_pairs")), (ppo_main, (report, "evaluate"))])
 def test_H_a_stop_in_the_last_evaluation_loses_nothing(folder, monkeypatch, stage, evaluation):
     if stage is ppo_main:
         rm()
     shipped, calls = getattr(*evaluation), []
 
-    def interrupted(*args):
+    def interrupted(*args, **seed):
         calls.append(1)
-        if stage is not ppo_main or len(calls) == 2:  # PPO's first is before training
+        if len(calls) == 2 if stage is ppo_main else saved():  # PPO's first is before training
             raise KeyboardInterrupt
-        return shipped(*args)
+        return shipped(*args, **seed)
+
+    def saved():  # at the last step only; SFT has looked at held-out data before
+        return Path("out/sft.state.pt" if stage is sft else "out/rm.state.pt").exists()
     stage(out="whole") if stage is sft else None
     monkeypatch.setattr(*evaluation, interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -212,7 +215,7 @@ def test_H_the_result_is_saved_before_the_table_is_printed(folder, monkeypatch):
     def broken(*args):
         assert Path("out/ppo.pt").exists()
         raise UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range")
-    monkeypatch.setattr(ppo, "print_table", broken)
+    monkeypatch.setattr(report, "print_table", broken)
     with pytest.raises(UnicodeEncodeError):
         ppo_main()
     assert Path("out/ppo.finished.pt").exists()
@@ -299,7 +302,7 @@ def test_I_a_child_that_is_forked_dies_of_a_signal(folder, number):
     """multiprocessing.Pool ends its workers so; one that lived on would be waited for without end."""
     run = Run("sft", train_sft.Config(out="new"), [], CPU)
     old = signal.signal(number, signal.SIG_DFL)
-    run.begin(10, now={"x": 1.0})
+    run.begin(run.cfg, 10, now={"x": 1.0})
     ready, tell = os.pipe()
     try:
         if not (pid := os.fork()):
@@ -523,6 +526,8 @@ def changes(state):
 
     for x in (-1, "3", None, 10**9, 2.0, True, [], torch.tensor(1)):
         yield put(["step"], x)
+    for x in (-1, "3", None, 10**9, 2.0, [], torch.tensor(1), state["step"] - 1):
+        yield put(["steps"], x)
     for x in (None, [], {}, "x", 3, {"x": 1}):
         yield put(["parts"], x)
     for x in (None, -1, "x", {}, {"size": -1, "crc": 0}, {"size": "1", "crc": 0}, {"size": 10**9, "crc": 0}):
@@ -564,7 +569,7 @@ def test_N_a_state_is_checked_before_anything_is_loaded(stopped, monkeypatch, na
     for module in (train_sft, train_rm):
         monkeypatch.setattr(module, "shuffled", lambda **plan: pytest.fail("the run went on"))
     monkeypatch.setattr(ppo, "improve", lambda *args: pytest.fail("the run went on"))
-    monkeypatch.setattr(ppo, "evaluate", lambda *args: {"texts": [], "score": [0.0]})
+    monkeypatch.setattr(report, "evaluate", lambda *args: {"texts": [], "score": [0.0]})
     monkeypatch.setattr(ppo, "check_start", lambda *args: None)
     monkeypatch.setattr(Run, "finish", lambda *args, **more: pytest.fail("the run went on"))
     for what, state in changes(torch.load(path, weights_only=True)):

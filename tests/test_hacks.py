@@ -177,10 +177,10 @@ class stopped_after:
         from lib.resume import Run
         self.run, self.shipped, shipped = Run, Run.after, Run.after
 
-        def after(run, now):
+        def after(run, now, *last):
             if now == self.step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            shipped(run, now)
+            shipped(run, now, *last)
         Run.after = after
 
     def __exit__(self, *_):

@@ -164,14 +164,14 @@ def test_sft_and_rm_are_inputs_of_the_run(made, tmp_path, monkeypatch):
 
     def stopped(*args):
         raise stop
-    monkeypatch.setattr(ppo.Warnings, "look", stopped)
+    monkeypatch.setattr(report.Warnings, "look", stopped)
     shutil.copy(made / "a/sft.pt", tmp_path / "sft.pt")
     shutil.copy(made / "b/rm.pt", tmp_path / "rm.pt")
     files = {"sft": str(tmp_path / "sft.pt"), "rm": str(tmp_path / "rm.pt")}
     with pytest.raises(stop):
         run_ppo(made, tmp_path / "out", **files, save_every=1)
-    monkeypatch.setattr(ppo.Run, "after", lambda run, step: run.save_state(step) or stopped())
-    monkeypatch.setattr(ppo.Warnings, "look", lambda *args: None)
+    monkeypatch.setattr(ppo.Run, "after", lambda run, step, *last: run.save_state(step) or stopped())
+    monkeypatch.setattr(report.Warnings, "look", lambda *args: None)
     with pytest.raises(stop):
         run_ppo(made, tmp_path / "out", **files)
     monkeypatch.undo()

@@ -323,7 +323,7 @@ def test_nothing_to_resume_started_anew_and_finished(stopped, start, whole, fres
     empty = fresh("ppo", "empty")
     code, text, _ = start(empty, "ppo", "--resume")
     assert code == 1
-    assert text == "ppo.py: --resume: there is no out/ppo.state.pt to resume from; drop --resume\n"
+    assert text.endswith("\nppo.py: --resume: there is no out/ppo.state.pt to resume from; drop --resume\n")
     out, unfinished = stopped / "out", (stopped / "out/ppo.state.pt").read_bytes()
     code, text, _ = start(stopped, "ppo")  # anew, over one that was stopped
     assert code == 0 and all(f"moved to out/ppo.state.prev.{end}" in text for end in ("pt", "jsonl"))

@@ -191,7 +191,7 @@ def bench_ragged(rows, config, repeats, device):
     gpt = prepare(GPT(config), device)
     optimizer = make_optimizer(gpt, train_sft.Config(lr=1e-5))
     generator = torch.Generator().manual_seed(0)
-    sorted_ = batches([len(row) for row, _ in rows], train_sft.Config.batch_tokens, generator)
+    sorted_ = batches([len(row) for row, _ in rows], 2048, generator)
     random_ = torch.randperm(len(rows), generator=generator).chunk(len(sorted_))
 
     def fed(plan):  # tokens, padding included

@@ -98,7 +98,7 @@ def matrices(config):
 
 def sft_job(shape, device):
     """One optimizer step of train_sft.py."""
-    cfg, gpt, rows = train_sft.Config(), prepare(GPT(config_of(shape)), device), random_rows(shape)
+    cfg, gpt, rows = train_sft.Config(lr=4e-3), prepare(GPT(config_of(shape)), device), random_rows(shape)
     optimizer = train_sft.make_optimizer(gpt, cfg)
     blocks, head = matrices(gpt.config)
 
