@@ -60,8 +60,8 @@ class Linear:
         """groups: [Ranking] to learn from."""
         targets = self._targets(groups)
         order = np.random.default_rng(0).permutation(len(targets))[:MOST]
-        texts = [words(text) for _, text in targets]
-        texts, target = [texts[i] for i in order], np.array([*targets.values()])[order]
+        keys, target = [*targets], np.array([*targets.values()])[order]
+        texts = [words(keys[i][1]) for i in order]
         different = dict.fromkeys(word for some in texts for word in sorted(some))
         self.index = {word: i for i, word in enumerate(different)}
         target = target - target.mean()

@@ -10,9 +10,15 @@ from data.split import read_split
 from data.tokenizer import get_tokenizer, train_tokenizer
 from lib import rules
 from lib.checkpoint import load, load_tokenizer, new_gpt
+from lib.flags import check_pairs
 from model import GPT, GPTConfig, RewardModel
 
 SOME = 2000  # examples whose lengths stand for all
+
+
+def spread(examples):
+    """About SOME of them, from beginning to end: a file may be sorted by length."""
+    return examples[:: max(1, len(examples) // SOME)]
 
 
 def start(cfg, train):
@@ -31,7 +37,7 @@ def start(cfg, train):
         tokenizer = train_tokenizer(texts, cfg.vocab_size or rules.vocab_size(texts))
 
     lengths = [len(tokenizer.encode(prompt)) + len(tokenizer.encode(completion)) + 1
-               for prompt, completion in train[:SOME]]
+               for prompt, completion in spread(train)]
     tokens = sum(lengths) * len(train) // len(lengths)
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": cfg.block_size or rules.block_size(lengths)}
     if not cfg.init:
@@ -45,6 +51,7 @@ def start(cfg, train):
         if not cfg.tokenizer:
             made = {"vocab_size": tokenizer.vocab_size} | made
     cfg = rules.fill(cfg, f"{tokens} tokens for {parameters} parameters of width {width}", **made)
+    check_pairs(cfg)
     if not cfg.init:
         gpt = new_gpt(GPTConfig(**sizes | {"dropout": cfg.dropout}))
     return gpt, tokenizer, cfg
@@ -68,7 +75,7 @@ def start_rm(cfg, sft, folder):
     train, val = read_split(read_preferences, folder / "preferences.jsonl", cfg)
     texts = [prompt + response for prompt, responses, *_ in train for response in responses]
     some = list(dict.fromkeys(texts))
-    mean = fmean(len(tokenizer.encode(text)) + 1 for text in some[:SOME])
+    mean = fmean(len(tokenizer.encode(text)) + 1 for text in spread(some))
     tokens, different = round(mean * len(texts)), round(mean * len(some))
     room = gpt.config.block_size - (cfg.pool == "token")
     cfg = rules.fill(cfg, f"{tokens} tokens of ranked responses, width {gpt.config.d_model}",
