@@ -34,7 +34,7 @@ from tools import hf
 pytestmark = pytest.mark.slow
 
 ODD = ["", " ", "\n", "é漢🙂", "x" * 100, "a:", "\n\nHuman: hi\n\nAssistant:"]
-RM = {"batch_tokens": 512, "device": "cpu", "max_new_tokens": 8}
+RM = {"batch_tokens": 512, "epochs": 1.0, "device": "cpu", "max_new_tokens": 8}
 
 
 @pytest.fixture

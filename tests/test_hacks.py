@@ -137,7 +137,7 @@ def pipeline(init, more):
     sizes = {"init": "plain.pt", "batch_tokens": 256} if init else (
         helpers.SIZES | {"n_layer": 2, "n_head": 4, "batch_tokens": 256})
     stages = {"sft": (train_sft, GPT, sizes | {"epochs": 2}),
-              "rm": (train_rm, RewardModel, {"batch_tokens": 256}),
+              "rm": (train_rm, RewardModel, {"batch_tokens": 256, "epochs": 1.0}),
               "ppo": (ppo, GPT, helpers.PPO | {"show": 0})}
     made = {}
     for name, (module, kind, settings) in stages.items():

@@ -526,7 +526,7 @@ def test_P30_a_reward_function_moves_the_letter_a(tmp_path, sign, target):
 def test_missing_checkpoints_name_the_command_that_makes_them(made, tmp_path):
     where = {"data": str(made / "data"), "out": str(tmp_path)}
     with pytest.raises(UserError, match=r"sft.pt is missing: `python train_sft.py` makes it"):
-        train_rm.main(train_rm.Config(**where, device="cpu"))
+        train_rm.main(train_rm.Config(**where, epochs=1.0, device="cpu"))
     with pytest.raises(UserError, match=r"sft.pt is missing"):
         ppo.main(ppo.Config(**where, **PPO))
     shutil.copy(made / "out/sft.pt", tmp_path)
@@ -559,7 +559,7 @@ def test_checkpoints_of_the_wrong_kind_or_corrupt_are_refused(made, tmp_path):
     where = {"data": str(made / "data"), "out": str(tmp_path)}
     shutil.copy(made / "out/rm.pt", tmp_path / "sft.pt")
     with pytest.raises(UserError, match="holds a RewardModel; expected a GPT"):
-        train_rm.main(train_rm.Config(**where, device="cpu"))
+        train_rm.main(train_rm.Config(**where, epochs=1.0, device="cpu"))
     shutil.copy(made / "out/sft.pt", tmp_path / "sft.pt")
     shutil.copy(made / "out/sft.pt", tmp_path / "rm.pt")
     with pytest.raises(UserError, match="holds a GPT; expected a RewardModel"):
@@ -567,7 +567,7 @@ def test_checkpoints_of_the_wrong_kind_or_corrupt_are_refused(made, tmp_path):
     for content in (b"", b"not a checkpoint", (made / "out/sft.pt").read_bytes()[:-100]):
         (tmp_path / "sft.pt").write_bytes(content)
         with pytest.raises(UserError, match="not an onetrunk checkpoint, or is corrupt"):
-            train_rm.main(train_rm.Config(**where, device="cpu"))
+            train_rm.main(train_rm.Config(**where, epochs=1.0, device="cpu"))
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5])

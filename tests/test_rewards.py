@@ -646,7 +646,7 @@ def test_init_refuses_a_size_that_is_the_default_but_not_its_own(made, tmp_path)
 
 def test_wide_gap_needs_gold(made, tmp_path):
     (tmp_path / "sft.pt").write_bytes((made / "out/sft.pt").read_bytes())
-    cfg = train_rm.Config(data=str(made / "data"), out=str(tmp_path), wide_gap=0.3, device="cpu")
+    cfg = train_rm.Config(data=str(made / "data"), out=str(tmp_path), wide_gap=0.3, epochs=1.0, device="cpu")
     with pytest.raises(UserError, match="--wide-gap: no ranking"):
         train_rm.main(cfg)
     assert not list(tmp_path.glob("rm.*"))
