@@ -36,7 +36,6 @@ from lib.flags import Shared, bounded, cli, pick_device
 from lib.generate import generate
 from lib.resume import Run
 from lib.rewards import in_units, load_models, model_files, units
-from lib.rules import kl_horizon
 from lib.start import responses
 from train_sft import sft_backward
 
@@ -140,9 +139,8 @@ def adapt_kl_coef(kl_coef, kl, target, n, horizon):
 def next_kl_coef(kl_coef, kl, cfg):
     """The coefficient after an update with so much KL. Above 3/4 of --kl-budget it rises, by half at most;
     below it falls slowly, so that the KL does not swing, back to --kl-coef. A penalty of 0 stays 0."""
-    horizon = cfg.kl_horizon or kl_horizon(cfg.updates * cfg.batch)
     if cfg.kl_target:
-        return adapt_kl_coef(kl_coef, kl, cfg.kl_target, cfg.batch, horizon)
+        return adapt_kl_coef(kl_coef, kl, cfg.kl_target, cfg.batch, cfg.kl_horizon)
     factor = max(0.98, min(1.5, kl / (0.75 * cfg.kl_budget))) if cfg.kl_budget else 1
     return min(max(kl_coef * factor, cfg.kl_coef), 1e9)
 
@@ -289,7 +287,7 @@ def main(cfg):
         if update % 10 == 1 and update > 1:  # here, where a reward function that fails loses nothing
             with run.between_steps():
                 seen = held_out(models)
-            report.look(run, update - 1, before, seen, best, warn, tokenizer, cfg.kl_budget)
+            report.look(run, update - 1, before, seen, best, warn, tokenizer, cfg)
         start = time.monotonic()
         factor = min(1, update / warmup) * (1 - (update - 1) / cfg.updates)
         for optimizer, lr in zip(optimizers, (cfg.lr, cfg.critic_lr), strict=True):
@@ -306,9 +304,11 @@ def main(cfg):
         run.after(update)
 
     after = held_out(models)
-    report.look(run, cfg.updates, before, after, best, warn, tokenizer, cfg.kl_budget)
-    before = in_units(before, models.score, cfg.no_eos_score)
-    chosen = report.best_of(4, held_out, models, before)
+    report.look(run, cfg.updates, before, after, best, warn, tokenizer, cfg)
+    sft = models._replace(policy=models.ref)
+    results = [before, after, *(held_out(sft, seed=seed) for seed in (1, 2, 3))]
+    before, after, *more = (in_units(result, models.score, cfg.no_eos_score) for result in results)
+    chosen = report.best_of([before, *more])
     run.finish(policy, tokenizer, *report.results(before, chosen, after, cfg.updates, models.score),
                samples=report.samples(before, after), best=best)
     report.print_table(before, chosen, after, world, cfg.show)

@@ -24,7 +24,7 @@ from data.split import read_training
 from lib.checks import check_model
 from lib.checks_rm import check_scores
 from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
-from lib.curve import Curve, sample
+from lib.curve import SAMPLE, Curve, sample
 from lib.fast import prepare
 from lib.flags import Shared, bounded, cli, pick_device
 from lib.generate import sample_texts
@@ -115,6 +115,7 @@ def normalise(rm, gpt, groups, prompts, tokenizer, cfg, device):
     """Give the SFT model's samples on PPO's prompts mean 0 and sd 1 (Ziegler et al. 2019); if it hardly
     ever ends a text, the best responses of the training data instead."""
     generator = torch.Generator(device).manual_seed(cfg.seed)
+    prompts = prompts * max(1, 128 // len(prompts))  # a few prompts are answered several times
     rows = sample_texts(gpt, prompts, tokenizer.eos, cfg.max_new_tokens, generator, device)
     name = "samples of the SFT model"
     if len(rows) < 64:
@@ -160,7 +161,7 @@ def main(cfg):
     print(f"reward model: {len(groups)} prompts with {len(rows)} ranked responses, "
           f"{sum(rows)} tokens, read at {cfg.pool}, on {device}")
 
-    some = val_groups[: sample([sum(group.rows, []) for group in val_groups])]
+    some = val_groups[: sample([sum(group.rows, []) for group in val_groups], 4 * SAMPLE)]  # 1,000 pairs
     curve = Curve(rm, lambda: measure_pairs(rm, some, cfg, device), steps, cfg.keep)
     rm.train()
     done = run.begin(cfg, steps, rm=rm, optimizer=optimizer, **curve.parts)

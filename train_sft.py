@@ -105,10 +105,11 @@ def main(cfg):
     order = torch.Generator().manual_seed(cfg.seed)
     device = pick_device(cfg.device)
     folder, _ = open_data(cfg.data)
-    run = Run("sft", cfg, [folder / "sft.jsonl", folder / "sft_val.jsonl", cfg.init, cfg.tokenizer], device)
+    files = [folder / name for name in ("sft.jsonl", "sft_val.jsonl", "preferences.jsonl")]
+    run = Run("sft", cfg, [*files, cfg.init, cfg.tokenizer], device)
 
     train, val = read_split(read_sft, folder / "sft.jsonl", cfg)
-    gpt, tokenizer, cfg = start(cfg, train)
+    gpt, tokenizer, cfg = start(cfg, train, val, folder)
     gpt.chat = fmean(prompt.endswith(ANSWER) for prompt, _ in train)  # sample.py asks
     check_model(prepare(gpt, device))
     prepare(gpt, device, cfg)

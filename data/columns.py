@@ -100,7 +100,7 @@ def check_names(row, kind, prompt, responses):
         column, alike = meant(name, kind)
         if column == "ranks":
             lost = (alike or isinstance(value, list)) and row.get("ranks") != value
-        elif column is None or column in row:
+        elif column is None or column in row or column == "ratings" and not isinstance(value, list):
             lost = False
         elif isinstance(value, str):
             lost = alike or value.strip() and not any(_occurs(value.strip(), text) for text in texts)

@@ -65,7 +65,7 @@ def standardise(groups):
     known = {(group.texts[0], text): x for group in groups if group.ratings
              for text, x in zip(group.texts[1], group.ratings, strict=True)}
     known = torch.tensor([*known.values()], dtype=torch.float64)
-    if not len(known) or not known.std(correction=0) > 0:
+    if not len(known) or known.max() == known.min():
         return [group._replace(ratings=None) for group in groups]
     mean, sd = known.mean().item(), known.std(correction=0).item()
     return [group._replace(ratings=group.ratings and [(x - mean) / sd for x in group.ratings])

@@ -36,10 +36,10 @@ def read_sft(path, skip_bad=False, most=None):
     return _read(path, "sft", _demonstration, skip_bad, most)
 
 
-def read_preferences(path, skip_bad=False):
-    """[(prompt, responses, ranks, gold, ratings)]: at least two responses; smaller ranks are better; the
-    last two are lists or None."""
-    return _read(path, "preferences", _preference, skip_bad)
+def read_preferences(path, skip_bad=False, most=None):
+    """[(prompt, responses, ranks, gold, ratings)], the first `most` (None: all): at least two responses;
+    smaller ranks are better; the last two are lists or None."""
+    return _read(path, "preferences", _preference, skip_bad, most)
 
 
 def read_prompts(path, skip_bad=False):

@@ -77,8 +77,8 @@ class Linear:
 
     def _targets(self, groups):
         """{(prompt, response): the mean of what is known of it}."""
-        known = defaultdict(list)
-        for group in groups:
+        known, rated = defaultdict(list), any(group.ratings for group in groups)
+        for group in groups if not rated else filter(lambda group: group.ratings, groups):
             prompt, responses = group.texts
             n = len(responses) - 1
             target = group.ratings or [sum(rank < other for other in group.ranks) / n for rank in group.ranks]

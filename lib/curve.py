@@ -8,6 +8,7 @@ from lib.common import finite
 from lib.state import check_plain
 
 LOOKS = 10  # in a run
+WORSE = 1.1  # times the smallest loss: looks differ by 5% while the rate is high, and nothing is wrong then
 SAMPLE = 16_384  # held-out tokens that a look reads, at most
 
 
@@ -16,14 +17,16 @@ class Best:
     of a run (lib/resume.py): the copy, and of which step it is (0: of none yet)."""
 
     def __init__(self, model, name="best"):
-        self.model, self.copy, self.now = model, copy.deepcopy(model), {"step": 0, "number": 0.0}
+        self.model, self.copy = model, copy.deepcopy(model)
+        self.now = {"step": 0, "number": 0.0, "second": 0.0}
         self.parts = {name: self.now, f"{name}_model": self.copy}
 
-    def offer(self, step, number):
-        """Keep the weights if this number is the largest so far, or as large; returns whether it is."""
-        if self.now["step"] and number < self.now["number"]:
+    def offer(self, step, number, second=0.0):
+        """Keep the weights if this number is the largest so far, or as large, and then `second`; returns
+        whether it is."""
+        if self.now["step"] and (number, second) < (self.now["number"], self.now["second"]):
             return False
-        self.now.update(step=step, number=number)
+        self.now.update(step=step, number=number, second=second)
         self.copy.load_state_dict(self.model.state_dict())
         return True
 
@@ -37,13 +40,15 @@ class Curve:
         curve.add(loss=loss)              # each step
         run.log(step, **curve.means())    # what it was on average since the last line
         curve.look(step, run.log)         # when due: measures, prints, keeps the weights if they are the best
-        curve.over                        # past the middle, and nothing has improved for a fifth of the run
+        curve.over                        # past the middle, nothing has improved for a fifth of the run, and
+                                          # the loss is WORSE than it was
         curve.restore()                   # at the end: the best weights instead of the last
     """
 
     def __init__(self, model, measure, steps, keep):
         self.model, self.measure, self.steps, self.every = model, measure, steps, max(1, steps // LOOKS)
         self.sums, self.best, self.looked, self.idle = {}, {}, 0, 0
+        self.trained, self.measured = {}, {}
         self.kept = Best(model) if keep == "best" else None
         self.parts = {"curve": self} | (self.kept.parts if self.kept else {})
 
@@ -53,8 +58,8 @@ class Curve:
 
     def means(self):
         steps = self.sums.pop("steps")
-        means, self.sums = {name: x / steps for name, x in self.sums.items()}, {}
-        return means
+        self.trained, self.sums = {name: x / steps for name, x in self.sums.items()}, {}
+        return self.trained
 
     def look(self, step, log):
         if step % self.every and step < self.steps:
@@ -66,20 +71,24 @@ class Curve:
                   if name not in self.best or sign[name] * (x - self.best[name]) > 0]
         self.best |= {name: numbers[name] for name in better}
         self.looked, self.idle = step, 0 if better else self.idle + 1
-        first = next(iter(numbers))
-        best = self.kept.offer(step, sign[first] * numbers[first]) if self.kept else first in better
+        best = not self.kept or self.kept.offer(step, *(sign[name] * x for name, x in numbers.items()))
+        self.measured = numbers
         log.report(step=step, **numbers)
         shown = "  ".join(f"{name.removeprefix('val_')} {x:.4f}" for name, x in numbers.items())
-        print(f"      held out: {shown}{', the best so far' * best}", flush=True)
+        print(f"      held out: {shown}{', the best so far' * bool(self.kept and best)}", flush=True)
 
     @property
     def over(self):
-        return bool(self.kept) and self.looked > self.steps // 2 and self.idle * self.every >= self.steps // 5
+        worse = any(x > WORSE * self.best[name] for name, x in self.measured.items() if name.endswith("loss"))
+        long = self.idle >= 2 and self.idle * self.every >= self.steps // 5
+        return bool(self.kept) and self.looked > self.steps // 2 and long and worse
 
     @property
-    def improving(self):
-        """Whether the last look was the best one."""
-        return self.idle == 0
+    def by_heart(self):
+        """Whether the first number was better in training, at last, than on held-out data."""
+        name, x = next(iter(self.measured.items()))
+        was = self.trained.get(name.removeprefix("val_"), x)
+        return was < x if name.endswith("loss") else was > x
 
     def restore(self):
         if self.kept and self.kept.now["step"]:
@@ -87,12 +96,13 @@ class Curve:
             print(f"kept: the weights after step {self.kept.now['step']}, the best on held-out data")
 
     def state_dict(self):
-        return {"sums": self.sums, "best": self.best, "looked": self.looked, "idle": self.idle}
+        return {"sums": self.sums, "best": self.best, "looked": self.looked, "idle": self.idle,
+                "trained": self.trained, "measured": self.measured}
 
     def check_state(self, state):
         """ValueError: not what state_dict can be."""
         check_plain(self.state_dict(), state, "the held-out curve")
-        for some in (state["sums"], state["best"]):
+        for some in (state[name] for name in ("sums", "best", "trained", "measured")):
             if type(some) is not dict or not all(
                     type(name) is str and type(x) in (int, float) and math.isfinite(x)
                     for name, x in some.items()):

@@ -39,9 +39,10 @@ def compare(lead, unit, other, curve):
     """How far the network is ahead of what is trivial; if it is not, the likely cause and the flag."""
     if lead >= 0:
         return f"the network is {f'ahead of {other} by {lead:.3g} {unit}' if lead else f'level with {other}'}"
-    cause = ("it was still improving when it ended: raise --epochs" if curve.improving else
-             "it was best before the end, and then learned the texts by heart: raise --dropout, lower --lr, "
-             "or add data")
+    cause = ("it was still improving when it ended: raise --epochs" if not curve.idle else
+             "it knows the training texts better than others, by heart: raise --dropout, lower --lr, or add "
+             "data" if curve.by_heart else
+             "it has learned little from the training texts, too: try another --lr, or more --epochs")
     return f"warning: the network is behind {other} by {-lead:.3g} {unit}; {cause}"
 
 
@@ -180,35 +181,33 @@ def evaluate(phases, prompts, world, cfg, device, models, seed=0):
     return in_units(result, models.score, cfg.no_eos_score)
 
 
-def best_of(n, held_out, models, before):
-    """The result of `evaluate` for the best by score of n samples of the SFT model a prompt, `before` being
-    the first; what a policy without any training gets from the same reward. held_out(models, seed=...)."""
-    sft = models._replace(policy=models.ref)
-    results = [before, *(held_out(sft, seed=seed) for seed in range(1, n))]
-    best = [max(range(n), key=lambda k, i=i: results[k]["score"][i]) for i in range(len(before["score"]))]
-    chosen = {name: [results[k][name][i] for i, k in enumerate(best)] if before[name] else []
-              for name in before}
+def best_of(results):
+    """Of n results of `evaluate` for the SFT model the best by score at each prompt: what that gets from the
+    same reward without any training."""
+    n, prompts = len(results), range(len(results[0]["score"]))
+    best = [max(range(n), key=[result["score"][i] for result in results].__getitem__) for i in prompts]
+    chosen = {name: [results[k][name][i] for i, k in enumerate(best)] if x else []
+              for name, x in results[0].items()}
     kl = math.log(n) - (n - 1) / n  # at most (Beirami et al. 2024, theorem 1)
     return chosen | {"kl": [kl] * len(best)}
 
 
-def look(run, update, before, seen, best, warn, tokenizer, budget):
-    """Log and print a result of `evaluate`; keep the policy if it is the best within the KL budget.
-
-    UserError: it has diverged, and the best so far is saved.
-    """
+def look(run, update, before, seen, best, warn, tokenizer, cfg):
+    """Log and print a result of `evaluate`; keep the policy if it is the best within the KL budget, or near
+    the target. UserError: it has diverged, and the best so far is saved."""
+    limit = 1.25 * cfg.kl_target or cfg.kl_budget
     was, now = means(before), means(seen)
     if update < run.log.steps:  # else the table comes
         run.log.report(update=update, **now)
         print(f"      held out: {describe(now)}")
         warn.compare(before, seen)
-    if not budget or now["kl"] <= budget:
-        best.offer(update, now["score"])
-    if now["kl"] > 50 or now["eos"] == 0 and was["eos"] > 0.25:
-        kept = run.save_best(best, tokenizer)
+    if now["kl"] > max(50, 2 * limit) or now["eos"] == 0 and was["eos"] > 0.25:
+        kept = run.save_diverged(best, tokenizer)
         raise UserError(f"after update {update} the policy has diverged: its KL is {now['kl']:.1f} nats a "
                         f"response and {now['eos']:.0%} of its responses end. {run.result} is not replaced"
                         f"{kept}. Raise --kl-coef or lower --lr")
+    if not limit or now["kl"] <= limit:
+        best.offer(update, now["score"])
 
 
 def explained_variance(value, ret, mask):

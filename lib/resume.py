@@ -64,7 +64,8 @@ class Run:
         self.result, self.log_path, self.finished = (
             out / f"{name}{end}" for end in (".pt", ".log.jsonl", ".finished.pt"))
         self.path, self.running_log = out / f"{name}.state.pt", out / f"{name}.state.jsonl"
-        self.samples, self.best = out / f"{name}.samples.jsonl", out / f"{name}.best.pt"
+        self.samples, self.best, self.diverged = (
+            out / f"{name}.{end}" for end in ("samples.jsonl", "best.pt", "diverged.pt"))
         self._refuse_own_files(files)
         self.lock = lock(out)
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
@@ -80,7 +81,7 @@ class Run:
     def _refuse_own_files(self, files):
         """UserError: the run would read what it writes or moves."""
         ours = [self.result, self.log_path, self.finished, self.path, self.running_log, self.samples,
-                self.best]
+                self.best, self.diverged]
         ours = {os.path.realpath(path): path for path in [*ours, *map(previous, ours)]}
         for file in filter(None, files):
             if path := ours.get(os.path.realpath(file)):
@@ -243,13 +244,12 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def save_best(self, best, tokenizer, keep="other"):
-        """Write the weights that lib.curve.Best holds, if any, beside the result; the end of a sentence."""
+    def save_diverged(self, best, tokenizer):
+        """Write the weights that lib.curve.Best holds, if any, where no result is; the end of a sentence."""
         if not best.now["step"]:
-            keep_previous(self.best)
             return ""
-        save(self.best, best.copy, tokenizer, keep)
-        return f"; {self.best} is the policy after update {best.now['step']}, the best within --kl-budget"
+        save(self.diverged, best.copy, tokenizer, "other")
+        return f"; {self.diverged} is the policy after update {best.now['step']}, the best before that"
 
     def finish(self, model, tokenizer, *reports, samples=(), best=None):
         """Write the reports (dicts of numbers) into the log, then put result, samples (dicts, if any), best
@@ -264,8 +264,12 @@ class Run:
         save(self.result, model, tokenizer, keep)
         if samples:
             write(self.samples, samples, keep, write_lines)
-        if best:
-            self.save_best(best, tokenizer, keep)
+        if best and best.now["step"]:
+            save(self.best, best.copy, tokenizer, keep)
+            print(f"{self.best}: the policy after update {best.now['step']}, the best by held-out score "
+                  "within the KL budget")
+        elif best:
+            keep_previous(self.best)
         keep_previous(self.finished)
         keep_previous(self.log_path)
         replace(self.running_log, self.log_path)

@@ -1,8 +1,8 @@
 """Rules: what a flag is when nobody gives it, as the data and the network ask for. All of them are here;
 docs/data.md says what each was worth.
 
-Rates are those that were best at width 128, and fall with the width d: as 1/d for a network from scratch, as
-1/d^2 for one that is trained already, which at GPT-2's 768 gives 1e-4 and 1.4e-5, as is usual there.
+Rates are those that were best at width 128, and fall beyond it with the width d: as 1/d for a network from
+scratch, as 1/d^2 for one that is trained already, which at GPT-2's 768 gives 1e-4 and 1.4e-5, as is usual.
 """
 import dataclasses
 import math
@@ -31,26 +31,27 @@ def vocab_size(texts):
 
 def block_size(lengths):
     """A quarter more than 99.5% of the texts have, in steps of 32, from 64 to 1024."""
-    longest = sorted(lengths)[int(0.995 * (len(lengths) - 1))]
-    return min(1024, max(64, 32 * math.ceil(1.25 * longest / 32)))
+    return min(1024, max(64, 32 * math.ceil(1.25 * _long(lengths) / 32)))
 
 
-def sft(tokens, parameters, width, init):
-    """Of train_sft.py. Up to 4 times a repetition is as good as new text (Muennighoff et al. 2023); of little
-    text more are needed, and then dropout. A trained network (init) knows what text is like."""
+def sft(tokens, parameters, width, init, epochs=None):
+    """Of train_sft.py; epochs: as given. Up to 4 times a repetition is as good as new text (Muennighoff et
+    al. 2023); of little text more are needed, and then dropout. A trained network (init) knows what text is
+    like."""
     few = not init and tokens < parameters / 4
-    epochs = 1 if init else 16 if few else 3
-    rate = 4e-3 * (WIDTH / width) ** (2 if init else 1)
+    epochs = epochs or (1 if init else 16 if few else 3)
+    rate = 4e-3 * min(1, WIDTH / width) ** (2 if init else 1)
     return {"epochs": float(epochs), "dropout": 0.3 if few else 0.0,
             "batch_tokens": _batch(2048, tokens, 200, epochs), "lr": _round(rate / 2 if few else rate)}
 
 
-def rm(tokens, different, width):
-    """Of train_rm.py: `tokens` of ranked texts, of which `different` are those of different texts."""
+def rm(tokens, different, width, epochs=None):
+    """Of train_rm.py: `tokens` of ranked texts, of which `different` are those of different texts; epochs: as
+    given."""
     few = different < FEW
     passes = min(24, max(6, 1_500_000 / different))  # in how many rankings a response is read
-    epochs = max(1, round(passes * different / tokens)) if few else 1
-    rate = (1e-3 if few else 5e-4) * (WIDTH / width) ** 2
+    epochs = epochs or (max(1, round(passes * different / tokens)) if few else 1)
+    rate = (1e-3 if few else 5e-4) * min(1, WIDTH / width) ** 2
     return {"pool": "mean" if few else "last", "epochs": float(epochs), "dropout": 0.3 if few else 0.0,
             "batch_tokens": _batch(1792, tokens, 2800, epochs), "lr": _round(rate)}
 
@@ -58,13 +59,17 @@ def rm(tokens, different, width):
 def max_new_tokens(room, lengths):
     """Of responses: a quarter more than 99.5% of the demonstrations have, whose lengths these are (without
     any: 100), in steps of 4; four fifths of the model's `room` at most."""
-    longest = sorted(lengths)[int(0.995 * (len(lengths) - 1))] if lengths else 80
-    return min(4 * math.ceil(1.25 * longest / 4), room * 4 // 5)
+    return min(4 * math.ceil(1.25 * _long(lengths or [80]) / 4), room * 4 // 5)
 
 
 def kl_horizon(responses):
     """Of a run with so many responses: kl_coef can then change fifty-fold in it, whatever its length."""
     return max(1, responses // 20)
+
+
+def _long(lengths):
+    """What 99.5% of the lengths do not exceed."""
+    return sorted(lengths)[math.ceil(0.995 * len(lengths)) - 1]
 
 
 def _batch(usual, tokens, steps, epochs):

@@ -21,7 +21,7 @@ def spread(examples):
     return examples[:: max(1, len(examples) // SOME)]
 
 
-def start(cfg, train):
+def start(cfg, train, val, folder):
     """Config of train_sft.py and demonstrations -> (GPT, tokenizer, Config with every flag filled in).
     UserError: --init beside flags that it fixes."""
     names = [field.name for field in fields(GPTConfig)]
@@ -36,16 +36,17 @@ def start(cfg, train):
         texts = [text for example in train for text in example]
         tokenizer = train_tokenizer(texts, cfg.vocab_size or rules.vocab_size(texts))
 
-    lengths = [len(tokenizer.encode(prompt)) + len(tokenizer.encode(completion)) + 1
-               for prompt, completion in spread(train)]
+    lengths = [whole(tokenizer, *example) for example in spread(train)]
     tokens = sum(lengths) * len(train) // len(lengths)
+    later = ranked_texts(folder, cfg.skip_bad) if cfg.block_size is None else []  # the reward model's
+    lengths += [whole(tokenizer, *example) for example in [*spread(val), *later]]
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": cfg.block_size or rules.block_size(lengths)}
     if not cfg.init:
         sizes = {name: getattr(cfg, name) for name in names} | sizes
         with torch.device("meta"):
             gpt = new_gpt(GPTConfig(**sizes | {"dropout": 0.0}))
     parameters, width = sum(p.numel() for p in gpt.parameters()), gpt.config.d_model
-    made = rules.sft(tokens, parameters, width, cfg.init)
+    made = rules.sft(tokens, parameters, width, cfg.init, cfg.epochs)
     if not cfg.init:
         made = {"block_size": sizes["block_size"]} | made
         if not cfg.tokenizer:
@@ -57,13 +58,32 @@ def start(cfg, train):
     return gpt, tokenizer, cfg
 
 
+def whole(tokenizer, prompt, response):
+    """Tokens of both, and eos."""
+    return len(tokenizer.encode(prompt)) + len(tokenizer.encode(response)) + 1
+
+
+def ranked_texts(folder, skip_bad):
+    """(prompt, response) of the first rankings in preferences.jsonl, if that can be read."""
+    try:
+        some = read_preferences(folder / "preferences.jsonl", skip_bad, SOME)
+    except UserError:  # train_rm.py will say what is wrong
+        return []
+    return [(prompt, response) for prompt, answers, *_ in some for response in answers]
+
+
 def responses(cfg, folder, tokenizer, room):
-    """A Config whose --max-new-tokens fits the demonstrations in sft.jsonl, if there are any."""
-    path = folder / "sft.jsonl"
-    some = read_sft(path, cfg.skip_bad, SOME) if cfg.max_new_tokens is None and path.exists() else []
+    """A Config of train_rm.py or ppo.py whose --max-new-tokens fits the demonstrations in sft.jsonl, if there
+    are any that can be read; of ppo.py with a --kl-horizon, if there is a target."""
+    try:
+        some = read_sft(folder / "sft.jsonl", cfg.skip_bad, SOME) if cfg.max_new_tokens is None else []
+    except UserError:
+        some = []
     lengths = [len(tokenizer.encode(completion)) + 1 for _, completion in some]
-    new = rules.max_new_tokens(room, lengths)
-    return rules.fill(cfg, f"{len(lengths)} demonstrations", max_new_tokens=new)
+    made = {"max_new_tokens": rules.max_new_tokens(room, lengths)}
+    if getattr(cfg, "kl_target", 0):
+        made["kl_horizon"] = rules.kl_horizon(cfg.updates * cfg.batch)
+    return rules.fill(cfg, f"{len(lengths)} demonstrations", **made)
 
 
 def start_rm(cfg, sft, folder):
@@ -79,6 +99,6 @@ def start_rm(cfg, sft, folder):
     tokens, different = round(mean * len(texts)), round(mean * len(some))
     room = gpt.config.block_size - (cfg.pool == "token")
     cfg = rules.fill(cfg, f"{tokens} tokens of ranked responses, width {gpt.config.d_model}",
-                     **rules.rm(tokens, different, gpt.config.d_model))
+                     **rules.rm(tokens, different, gpt.config.d_model, cfg.epochs))
     cfg = responses(cfg, folder, tokenizer, room)
     return load(GPT, sft, cfg.dropout) if cfg.dropout else gpt, tokenizer, train, val, cfg

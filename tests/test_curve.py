@@ -13,7 +13,7 @@ import ppo
 import train_rm
 import train_sft
 from data.files import UserError
-from lib import curve, report
+from lib import curve, report, rules
 from lib.checkpoint import load
 from lib.curve import Best, Curve
 from lib.report import beside_best_of, compare
@@ -67,7 +67,9 @@ def test_a_run_has_ten_looks_and_one_at_the_end(many):
 @pytest.mark.parametrize("numbers, best", [
     (losses(5, 4, 3, 3.5, 2.9, 3, 2.8, 2.7, 3, 3), 80),
     (losses(5, 4, 3, 3, 3, 2.5, 2, 2, 4), 80),  # of equal ones the last
-    ([{"val_accuracy": x, "val_loss": -x + (i > 2)} for i, x in enumerate((.1, .2, .9, .3, .4, .5))], 30),
+    ([{"val_accuracy": x, "val_loss": 2 - x} for x in (.1, .2, .9, .3, .4, .5)], 30),
+    ([{"val_accuracy": a, "val_loss": b} for a, b in (
+        (.5, 3), (.9, 2), (.9, 1), (.9, 1.2), (.8, 1.3), (.7, 2))], 30),
 ])
 def test_the_best_weights_are_put_back(numbers, best, capsys):
     made, model, log = follow(numbers)
@@ -80,11 +82,14 @@ def test_the_best_weights_are_put_back(numbers, best, capsys):
 
 
 @pytest.mark.parametrize("numbers, end", [
-    (losses(9, 8, 7, 6, 5, 5.5, 5.2, 1), 70),  # two looks in a row, a fifth of the run
-    (losses(9, 8, 8.1, 8.2, 8.3, 8.4, 1), 60),  # not in the first half, in which the rate is high
-    (losses(9, 8, 7, 6, 5, 5.5, 4.9, 5.5, 4.8, 5), 100),
+    (losses(9, 8, 7, 6, 5, 5.2, 5.6, 1), 70),  # two looks in a row, a fifth of the run
+    (losses(9, 8, 7, 6, 5, 5.2, 5.4, 5.3, 5.4, 5.4), 100),  # hardly worse, as while the rate is high
+    (losses(9, 8, 8.9, 8.9, 8.9, 8.9, 1), 60),  # not in the first half
+    (losses(9, 8, 7, 6, 5, 5.6, 4.9, 5.5, 4.8, 5), 100),
     ([{"val_accuracy": a, "val_loss": b} for a, b in zip([.5] * 10, range(10, 0, -1), strict=True)], 100),
-    ([{"val_accuracy": a, "val_loss": 1.0} for a in (.5, .6, .7, .8, .9, .9, .9)], 70),
+    ([{"val_accuracy": a, "val_loss": b} for a, b in zip([.5, .6, .7, .8, .9, .9, .9],
+                                                         [1, 1, 1, 1, 1, 1.2, 1.3], strict=True)], 70),
+    ([{"val_accuracy": x, "val_loss": x} for x in (.5, .6, .7, .8, .9, 1, 1.1, 1.2, 1.3, 1.4)], 100),
 ])
 def test_a_run_ends_when_nothing_has_improved_for_a_fifth_of_it(numbers, end):
     assert follow(numbers)[2].reports[-1]["step"] == end
@@ -92,8 +97,14 @@ def test_a_run_ends_when_nothing_has_improved_for_a_fifth_of_it(numbers, end):
 
 def test_a_short_run_with_a_look_at_each_step_has_the_same_fifth():
     """19 steps: not before the middle, and not after fewer than three looks in vain."""
-    ends = [follow(losses(*[9] * i, 1, *[2] * 30), steps=19)[2].reports[-1]["step"] for i in (1, 8, 17)]
-    assert ends == [10, 12, 10]
+    ends = [follow(losses(*range(40, 40 - i, -1), 1, *[2] * 30), steps=19)[2].reports[-1]["step"]
+            for i in (1, 8, 17)]
+    assert ends == [10, 12, 19]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6])
+def test_the_shortest_runs_do_not_end_while_they_improve(steps):
+    assert follow(losses(*range(9, 0, -1)), steps=steps)[2].reports[-1]["step"] == steps
 
 
 def test_a_number_that_is_not_finite_ends_the_run():
@@ -205,11 +216,11 @@ def test_the_curve_of_a_reward_model_is_that_of_its_report(models):
 @pytest.mark.parametrize("lead, idle, said", [
     (0.5, 0, "the network is ahead of pairs by 0.5 nats"), (0.0, 0, "level with pairs"),
     (-0.25, 0, "behind pairs by 0.25 nats; it was still improving when it ended: raise --epochs"),
-    (-0.25, 1, "behind pairs by 0.25 nats; it was best before the end, and then learned the texts by heart: "
-               "raise --dropout, lower --lr, or add data")])
+    (-0.25, 1, "it knows the training texts better than others, by heart: raise --dropout, lower --lr, or "),
+    (-0.25, 2, "it has learned little from the training texts, too: try another --lr, or more --epochs")])
 def test_sentences_beside_a_baseline(lead, idle, said):
     made = follow(losses(3, 2, 1), steps=3)[0]
-    made.idle = idle
+    made.idle, made.trained = idle, {"loss": 0.9 if idle == 1 else 1.1}
     sentence = compare(lead, "nats", "pairs", made)
     assert said in sentence and ("warning" in sentence) == (lead < 0)
 
@@ -231,8 +242,7 @@ def run_ppo(models, out, **settings):
 
 
 def settings(**other):
-    return SimpleNamespace(**{"kl_target": 0.0, "kl_budget": 10.0, "kl_coef": 0.05, "kl_horizon": None,
-                              "batch": 64, "updates": 60} | other)
+    return SimpleNamespace(**{"kl_target": 0.0, "kl_budget": 10.0, "kl_coef": 0.05, "batch": 64} | other)
 
 
 def test_the_budget_raises_the_penalty_and_never_lowers_it_below_what_was_given():
@@ -250,7 +260,7 @@ def test_the_budget_raises_the_penalty_and_never_lowers_it_below_what_was_given(
 
 @pytest.mark.parametrize("updates, batch", [(60, 64), (600, 64), (60, 512)])
 def test_a_target_can_change_the_penalty_fifty_fold_within_a_run_of_any_length(updates, batch):
-    cfg, coef = settings(kl_target=6.0, batch=batch, updates=updates), 0.05
+    cfg, coef = settings(kl_target=6.0, batch=batch, kl_horizon=rules.kl_horizon(batch * updates)), 0.05
     for _ in range(updates):
         coef = ppo.next_kl_coef(coef, 99.0, cfg)
     assert 40 < coef / 0.05 < 60
@@ -296,7 +306,7 @@ def test_no_policy_within_the_budget_leaves_none_behind(models, tmp_path, monkey
 @pytest.mark.parametrize("how", ["kl", "eos"])
 def test_a_run_that_diverged_does_not_replace_the_result(models, tmp_path, monkeypatch, how):
     run_ppo(models, tmp_path, seed=2)
-    before = (tmp_path / "ppo.pt").read_bytes()
+    before, best = ((tmp_path / name).read_bytes() for name in ("ppo.pt", "ppo.best.pt"))
     shipped = report.evaluate
 
     def evaluate(phases, prompts, world, cfg, device, models, **seed):
@@ -311,8 +321,8 @@ def test_a_run_that_diverged_does_not_replace_the_result(models, tmp_path, monke
     monkeypatch.setattr(report, "evaluate", evaluate)
     with pytest.raises(UserError, match=r"after update 3 the policy has diverged: .*ppo\.pt is not replaced"):
         run_ppo(models, tmp_path)
-    assert (tmp_path / "ppo.pt").read_bytes() == before
-    assert (tmp_path / "ppo.state.pt").exists()
+    assert (tmp_path / "ppo.pt").read_bytes() == before and (tmp_path / "ppo.best.pt").read_bytes() == best
+    assert (tmp_path / "ppo.state.pt").exists() and not (tmp_path / "ppo.diverged.pt").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -347,8 +357,9 @@ def test_a_signal_during_the_held_out_report_ends_the_run_at_once(models, tmp_pa
 def test_the_best_is_offered_a_number_at_a_time():
     gpt = tiny_gpt()
     best = Best(gpt)
-    assert best.now == {"step": 0, "number": 0.0} and set(best.parts) == {"best", "best_model"}
-    assert best.offer(10, -3.0) and not best.offer(20, -4.0) and best.now == {"step": 10, "number": -3.0}
+    assert best.now["step"] == 0 and set(best.parts) == {"best", "best_model"}
+    assert best.offer(10, -3.0) and not best.offer(20, -4.0)
+    assert best.now == {"step": 10, "number": -3.0, "second": 0.0} and not best.offer(20, -3.0, -1.0)
     with torch.no_grad():
         gpt.lm_head.weight.add_(1)
     assert not same_weights(best.copy, gpt) and best.offer(30, -1.0) and same_weights(best.copy, gpt)

@@ -119,7 +119,7 @@ def files_read(finished):
 
 
 @pytest.mark.parametrize("stage, files", [
-    ("sft", "bad/sft.jsonl bad/sft_val.jsonl"),
+    ("sft", "bad/sft.jsonl bad/sft_val.jsonl bad/preferences.jsonl"),
     ("rm", "out/sft.pt bad/preferences.jsonl bad/preferences_val.jsonl bad/prompts.jsonl bad/sft.jsonl"),
     ("ppo", "out/sft.pt out/rm.pt bad/prompts.jsonl bad/prompts_val.jsonl bad/sft.jsonl")])
 def test_a_run_remembers_every_file_it_reads(made, stage, files):

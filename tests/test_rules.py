@@ -62,6 +62,7 @@ def test_vocabulary(size, wanted):
 def test_block_size(longest, wanted):
     assert rules.block_size([longest]) == wanted
     assert rules.block_size([1] * 999 + [longest]) == 64  # one in a thousand is truncated
+    assert rules.block_size([1, longest]) == wanted
 
 
 def test_what_is_given_stays_and_what_is_not_is_printed_with_its_reason(capsys):
@@ -77,13 +78,14 @@ def test_what_is_given_stays_and_what_is_not_is_printed_with_its_reason(capsys):
 def test_start_fills_in_every_flag(tmp_path, capsys):
     make_data(tmp_path / "data")
     examples = [("p", "some words to learn " * 3)] * 40
-    gpt, tokenizer, cfg = start(train_sft.Config(n_layer=1, n_head=2, d_model=16), examples)
+    sizes = {"n_layer": 1, "n_head": 2, "d_model": 16}
+    gpt, tokenizer, cfg = start(train_sft.Config(**sizes), examples, examples, tmp_path)
     assert None not in vars(cfg).values()
     assert gpt.config.vocab_size == tokenizer.vocab_size == cfg.vocab_size and cfg.block_size == 64
     assert gpt.config.dropout == cfg.dropout == 0.3
     said = capsys.readouterr().out
     assert said.startswith("by the data: --vocab-size ") and "--dropout 0.3" in said and "width 16" in said
-    gpt, tokenizer, cfg = start(train_sft.Config(**SIZES | {"dropout": 0.1}), examples)
+    gpt, tokenizer, cfg = start(train_sft.Config(**SIZES | {"dropout": 0.1}), examples, examples, tmp_path)
     assert tokenizer.name == BYTES.name and cfg.dropout == gpt.config.dropout == 0.1
     assert cfg.vocab_size is None and "--vocab-size" not in capsys.readouterr().out
 
