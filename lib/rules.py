@@ -29,9 +29,10 @@ def vocab_size(texts):
     return 2 ** min(13, max(9, round(math.log2(max(1, size) / 150))))
 
 
-def block_size(lengths):
-    """A quarter more than 99.5% of the texts have, in steps of 32, from 64 to 1024."""
-    return min(1024, max(64, 32 * math.ceil(1.25 * _long(lengths) / 32)))
+def block_size(*files):
+    """A quarter more than 99.5% of the texts of each file have, whose lengths these are, in steps of 32, from
+    64 to 1024."""
+    return min(1024, max(64, 32 * math.ceil(1.25 * max(_long(lengths) for lengths in files if lengths) / 32)))
 
 
 def sft(tokens, parameters, width, init, epochs=None):

@@ -39,8 +39,9 @@ def start(cfg, train, val, folder):
     lengths = [whole(tokenizer, *example) for example in spread(train)]
     tokens = sum(lengths) * len(train) // len(lengths)
     later = ranked_texts(folder, cfg.skip_bad) if cfg.block_size is None else []  # the reward model's
-    lengths += [whole(tokenizer, *example) for example in [*spread(val), *later]]
-    sizes = {"vocab_size": tokenizer.vocab_size, "block_size": cfg.block_size or rules.block_size(lengths)}
+    others = ([whole(tokenizer, *example) for example in some] for some in (spread(val), later))
+    block_size = cfg.block_size or rules.block_size(lengths, *others)
+    sizes = {"vocab_size": tokenizer.vocab_size, "block_size": block_size}
     if not cfg.init:
         sizes = {name: getattr(cfg, name) for name in names} | sizes
         with torch.device("meta"):

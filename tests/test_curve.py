@@ -363,3 +363,35 @@ def test_the_best_is_offered_a_number_at_a_time():
     with torch.no_grad():
         gpt.lm_head.weight.add_(1)
     assert not same_weights(best.copy, gpt) and best.offer(30, -1.0) and same_weights(best.copy, gpt)
+
+
+def test_a_diverged_run_leaves_the_best_of_a_good_one_alone(models, tmp_path, monkeypatch):
+    """What it had before goes to ppo.diverged.pt: the policy after update 10, not the one that diverged."""
+    run_ppo(models, tmp_path, seed=2)
+    was = {name: (tmp_path / name).read_bytes() for name in ("ppo.pt", "ppo.best.pt")}
+    shipped, seen = report.look, []
+
+    def look(run, update, before, now, best, *rest):
+        seen.append([p.clone() for p in best.model.parameters()])
+        now |= {"kl": [99.0 if update > 10 else 1.0] * len(now["kl"])}
+        return shipped(run, update, before, now, best, *rest)
+    monkeypatch.setattr(report, "look", look)
+    with pytest.raises(UserError, match=r"after update 12 .*diverged\.pt is the policy after update 10"):
+        run_ppo(models, tmp_path, updates=12, epochs=1, minibatches=1, max_new_tokens=3)
+    assert {name: (tmp_path / name).read_bytes() for name in was} == was
+    kept = load(GPT, tmp_path / "ppo.diverged.pt")
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), seen[0], strict=True))
+
+
+def test_all_scores_of_the_report_are_in_the_same_units(models, tmp_path):
+    """Also when the scale of a function's rewards is still learned while the best of 4 is looked for."""
+    (tmp_path / "length_reward.py").write_text(
+        "def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    run_ppo(models, tmp_path, updates=1, batch=4, reward=f"{tmp_path}/length_reward.py:score", eval_prompts=4)
+    before, after = (line["report"] for line in lines(tmp_path / "ppo.log.jsonl")[-2:])
+    rows = lines(tmp_path / "ppo.samples.jsonl")
+    for name, result in (("SFT", before), ("PPO", after)):
+        scores = [(row["raw"] - before["reward_mean"]) / before["reward_sd"] if row["eos"] else -1.0
+                  for row in rows if row["model"] == name]
+        assert result["score"] == pytest.approx(sum(scores) / len(scores), abs=1e-5)
+    assert after["best_of_4_score"] >= before["score"] - 1e-6

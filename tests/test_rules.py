@@ -1,5 +1,7 @@
 """What a flag is when nobody gives it: the rules, and that all scripts go through them."""
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,13 +9,15 @@ from helpers import BYTES, SIZES, jsonl, make_data
 
 import train_rm
 import train_sft
+from data import prepare
+from data.examples import Ranking, standardise
 from data.files import UserError
 from data.records import read_sft
 from lib import rules, threads
 from lib.checkpoint import load
 from lib.flags import check_pairs, flags
 from lib.rewards import score_rows
-from lib.start import start, start_rm
+from lib.start import responses, start, start_rm
 
 
 def test_the_stories_get_what_their_results_were_made_with():
@@ -168,3 +172,66 @@ def test_the_time_of_the_cores_is_read(monkeypatch, tmp_path):
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: {0}, raising=False)
     monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
     assert threads.used_by_others(0.25) == pytest.approx(21 / 25)
+
+
+# ---- what a reviewer broke ----
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 3.3, -1e-7, 1e30])
+def test_ratings_that_are_all_equal_teach_nothing(value):
+    """Though the mean of an even number of 0.1 is not 0.1 in float64."""
+    groups = [Ranking([], [[1], [2]], [0, 1], ("", (f"a{i}", f"b{i}")), None, [value, value])
+              for i in range(3)]
+    assert all(group.ratings is None for group in standardise(groups))
+
+
+def test_standardised_ratings_count_each_response_once():
+    ratings = [[4.0, 1.0], [4.0, 2.5], None]
+    groups = [Ranking([], [[1], [2]], [0, 1], ("", ("a", f"b{i}")), None, some)
+              for i, some in enumerate(ratings)]
+    made = standardise(groups)
+    known = [made[0].ratings[0], made[0].ratings[1], made[1].ratings[1]]
+    assert made[2].ratings is None and made[0].ratings[0] == made[1].ratings[0]
+    assert sum(known) == pytest.approx(0) and sum(x * x for x in known) / 3 == pytest.approx(1)
+
+
+def test_the_block_size_fits_held_out_texts_and_the_texts_of_the_reward_model(tmp_path):
+    short, sizes = [("p", "ab")] * 300, {"tokenizer": "bytes", "n_layer": 1, "n_head": 2, "d_model": 16}
+    for val, ranked, wanted in ((short, None, 64), ([("p", "x" * 90)], None, 128), (short, "y" * 150, 192)):
+        if ranked:
+            jsonl(tmp_path / "preferences.jsonl", [{"prompt": "p", "chosen": "ab", "rejected": ranked}] * 9)
+        cfg = start(train_sft.Config(**sizes), short, val, tmp_path)[2]
+        assert cfg.block_size == wanted
+    (tmp_path / "preferences.jsonl").write_text("{broken\n")  # train_rm.py will say so
+    assert start(train_sft.Config(**sizes), short, short, tmp_path)[2].block_size == 64
+
+
+@pytest.mark.parametrize("text", ['{"prompt": 3\n', ""])
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_broken_file_of_demonstrations_stops_no_later_stage(tmp_path, text, skip_bad):
+    (tmp_path / "sft.jsonl").write_text(text)
+    cfg = responses(train_rm.Config(skip_bad=skip_bad), tmp_path, BYTES, 200)
+    assert cfg.max_new_tokens == 100
+    assert responses(train_rm.Config(max_new_tokens=7), tmp_path, BYTES, 200).max_new_tokens == 7
+
+
+def test_epochs_that_are_given_set_the_size_of_a_batch():
+    assert rules.sft(100_000, 10**6, 128, "", 1.0)["batch_tokens"] == 100_000 // 300
+    assert rules.rm(100_000, 100_000, 128, 3.0)["batch_tokens"] == 300_000 // 300
+
+
+def test_narrow_networks_get_no_faster_rates():
+    narrow, usual = ((rules.sft(10**7, 10**6, w, ""), rules.rm(10**7, 10**7, w)) for w in (8, 128))
+    assert narrow == usual
+
+
+def test_prepare_names_the_sizes_that_train_sft_then_takes(tmp_path, monkeypatch, capsys):
+    """Long rejected texts beside short chosen ones, too."""
+    monkeypatch.chdir(tmp_path)
+    rows = [(f"why {i}?", f"since {i}", f"as {i} " * 40) for i in range(80)]
+    rows.insert(0, ("prompt", "chosen", "rejected"))
+    Path("t.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    assert prepare.main(["t.csv", "--to", "my", "--val", "0.2"]) == 0
+    said = int(re.search(r"--block-size (\d+)", capsys.readouterr().out)[1])
+    train, val = (read_sft(Path("my") / name) for name in ("sft.jsonl", "sft_val.jsonl"))
+    cfg = start(train_sft.Config(n_layer=1, n_head=2, d_model=16), train, val, Path("my"))[2]
+    assert cfg.block_size >= 128 and abs(math.log2(cfg.block_size / said)) <= 1  # it is told by bytes
