@@ -12,11 +12,17 @@ from lib.fast import plain
 @torch.inference_mode()
 def check_scores(rm):
     """A score is that of its own text to the end, and reads nothing but the trunk's hidden states; each value
-    is that of a prefix. With a little noise, for a head may start at 0."""
-    device, V, room = next(rm.parameters()).device, rm.config.vocab_size, rm.room
-    with torch.random.fork_rng([]), plain(rm):
+    is that of a prefix. With a little noise, for a head may start at 0. The global random numbers stay as
+    they were."""
+    device = next(rm.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        rm = shaken(copy.deepcopy(rm), 0.1)
+        with plain(rm):
+            rm = shaken(copy.deepcopy(rm), 0.1)
+        _check_scores(rm, device, rm.config.vocab_size, rm.room)
+
+
+def _check_scores(rm, device, V, room):
     rows = [[(5 * n + 3 * t) % V for t in range(min(n, room))] for n in (3, 7, 12)]
     tokens, lengths = pad(rows, device)
     alone, were = torch.cat([rm.score(*pad([row], device)) for row in rows]), modes(rm.train())

@@ -380,6 +380,13 @@ def test_the_checks_take_under_two_seconds_at_the_size_of_the_stories():
     assert all(p.grad is None for p in [*gpt.parameters(), *rm.parameters()])
 
 
+def test_checking_scores_leaves_mode_and_random_numbers_as_they_were():
+    """Though dropout draws some in it."""
+    rm, rng = RewardModel.from_gpt(GPT(gpt_config(64, 32, 2, 2, 16, dropout=0.3))), torch.get_rng_state()
+    check_scores(rm)
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
 # ---- NaN ----
 
 def test_finite_names_all_that_is_not():
