@@ -200,7 +200,9 @@ def load_tokenizer(path):
 def _read(path):
     maker = {"sft.pt": "train_sft.py", "rm.pt": "train_rm.py", "ppo.pt": "ppo.py"}.get(Path(path).name)
     if not Path(path).exists():
-        raise UserError(f"{path} is missing" + (f": `python {maker}` makes it" if maker else ""))
+        began = maker and Path(path).with_suffix(".state.pt").exists()
+        raise UserError(f"{path} is missing" + (f": `python {maker}` makes it, with the same --data and --out"
+                                                + ", and --resume, as it had begun" * began if maker else ""))
     data = unpickle(path, {"kind", "config", "tokenizer", "pool", "weights"}, "checkpoint")
     try:
         if not isinstance(data["weights"], dict):  # dict() of a tensor would make one of each row

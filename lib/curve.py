@@ -75,7 +75,8 @@ class Curve:
         self.measured = numbers
         log.report(step=step, **numbers)
         shown = "  ".join(f"{name.removeprefix('val_')} {x:.4f}" for name, x in numbers.items())
-        print(f"      held out: {shown}{', the best so far' * bool(self.kept and best)}", flush=True)
+        praise = ", the best so far" * bool(self.kept and best)
+        print(f"      held out after {step}: {shown}{praise}", flush=True)
 
     @property
     def over(self):

@@ -70,13 +70,18 @@ def held_out_pairs(groups, scores, world):
     return torch.tensor(gap), torch.tensor(longer), torch.tensor(gold), torch.tensor(best)
 
 
+FEW_PAIRS = 300
+
+
 def measure_pairs(rm, groups, cfg, device):
     """Accuracy and loss on all pairs of the groups, while the reward model trains."""
     rows, was = [row for group in groups for row in group.rows], rm.training
     scores = score_rows(rm.eval(), rows, min(cfg.batch_tokens, cfg.micro_batch), device)
     gap = held_out_pairs(groups, scores, None)[0]
     rm.train(was)
-    return {"val_accuracy": accuracy(gap).mean().item(), "val_loss": -F.logsigmoid(gap).mean().item()}
+    numbers = [("val_accuracy", accuracy(gap).mean().item()), ("val_loss", -F.logsigmoid(gap).mean().item())]
+    # the first says which weights are the best; with few pairs one of them more or less would decide
+    return dict(numbers if len(gap) >= FEW_PAIRS else numbers[::-1])
 
 
 def report_pairs(rm, groups, world, cfg, device):
@@ -89,9 +94,11 @@ def report_pairs(rm, groups, world, cfg, device):
               "longer_wins": accuracy(longer).mean().item(),
               "ceiling": best.mean().item() if world else None,
               "calibration_error": calibration_error(gap)}
-    half = 1.96 * math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / len(gap))
-    print(f"held-out pairs: accuracy {result['accuracy']:.1%} +- {half:.1%} on {len(gap)}"
-          + (f", ceiling {result['ceiling']:.1%}" if world else "")
+    texts = len({(group.texts[0], text) for group in groups for text in group.texts[1]})
+    # pairs of the same texts are not independent: no more are counted than there are texts
+    half = 1.96 * math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / min(len(gap), texts))
+    print(f"held-out pairs: accuracy {result['accuracy']:.1%} +- {half:.1%} (95%) on {len(gap)} of {texts} "
+          "texts" + (f", ceiling {result['ceiling']:.1%}" if world else "")
           + f", longer wins {result['longer_wins']:.1%}")
     wide = gold.abs() > cfg.wide_gap
     if cfg.wide_gap and not wide.any():
@@ -199,7 +206,7 @@ def look(run, update, before, seen, best, warn, tokenizer, cfg):
     was, now = means(before), means(seen)
     if update < run.log.steps:  # else the table comes
         run.log.report(update=update, **now)
-        print(f"      held out: {describe(now)}")
+        print(f"      held out: {describe(now)}" + ", above --kl-budget" * (0 < cfg.kl_budget < now["kl"]))
         warn.compare(before, seen)
     if now["kl"] > max(50, 2 * limit) or now["eos"] == 0 and was["eos"] > 0.25:
         kept = run.save_diverged(best, tokenizer)
@@ -277,6 +284,7 @@ def print_table(before, chosen, after, world, show):
     unedited."""
     names = "".join(f"{name:>11}" for name in means(before))
     print(f"\n{len(before['texts'])} held-out prompts   {names}")
+    few = len(before["texts"]) < 30
     for name, result in (("SFT", before), ("SFT, best of 4", chosen), ("PPO", after)):
         print(f"{name:<21}   " + "".join(f"{x:11.3f}" for x in means(result).values()))
     print(f"PPO scores higher than SFT in {win_rate(after['score'], before['score']):.1%}", end="")
@@ -286,7 +294,7 @@ def print_table(before, chosen, after, world, show):
               f"the SFT model and the best possible it gained {closed:.1%}", end="")
     if before["judge"]:
         print(f", with the judge in {win_rate(after['judge'], before['judge']):.1%}", end="")
-    print(" (ties half)")
+    print(" (ties half)" + "; so few prompts say little" * few)
     print(beside_best_of(means(chosen), means(after)))
     for sentence in gain_from_ends(before, after):
         print(f"warning: {sentence}")
@@ -294,21 +302,21 @@ def print_table(before, chosen, after, world, show):
         print(f"\n{before['texts'][i][0]}")
         for name, result in (("SFT", before), ("PPO", after)):
             gold = f", gold {result['gold'][i]:.2f}" if world else ""
-            print(f"  {name} (score {result['score'][i]:+.2f}{gold}):{result['texts'][i][1]}")
+            print(f"  {name} (score {result['score'][i]:+.2f}{gold}):{result['texts'][i][1] or ' (nothing)'}")
     print()
 
 
 def beside_best_of(chosen, after):
     """A sentence: PPO beside the best of 4, by score, and by gold where it is known."""
     lead = {name: after[name] - chosen[name] for name in ("score", "gold") if name in after}
-    sentence = "PPO beside the best of 4 samples of the SFT model: " + ", ".join(
-        f"{name} {x:+.3f}" for name, x in lead.items())
+    other = "the best of 4 samples of the SFT model"
+    by = ", ".join(f"{name} {x:+.3f}" for name, x in lead.items())
     if lead["score"] <= 0:
-        return f"warning: {sentence}; taking the best of 4 does as much: raise --updates or --kl-budget"
+        return f"warning: PPO is not ahead of {other} ({by}): raise --updates or --kl-budget"
     if lead.get("gold", 1) <= 0:
-        return (f"warning: {sentence}; the score was raised, but not the truth: raise --kl-coef, or improve "
-                "the reward model")
-    return sentence
+        return (f"warning: PPO is ahead of {other} by score, but not in truth ({by}): raise --kl-coef, or "
+                "improve the reward model")
+    return f"PPO is ahead of {other}: {by}"
 
 
 class Warnings:

@@ -168,7 +168,8 @@ class Run:
     def after(self, step, last=False):
         """Call after every step: saves when due and at the last one, exits if a signal asked for it. last:
         the run ends earlier than was planned."""
-        if last:
+        if last and step < self.log.steps:
+            print(f"it ends here, {self.log.steps - step} steps early: on held-out data it was getting worse")
             self.log.steps = step
         stop, every, steps = self.caught, self.cfg.save_every, self.log.steps  # once: a signal may come
         try:

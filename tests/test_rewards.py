@@ -97,8 +97,8 @@ def test_one_call_a_rollout_in_the_order_of_the_prompts(start):
         (start.folder / "calls").unlink(missing_ok=True)
         assert start(source, out=f"out{i}", micro_batch=micro_batch)[0] == 0
         calls = [json.loads(line) for line in open(start.folder / "calls")]
-        assert [len(call) for call in calls] == [8] * 5  # before, three updates, after
-        assert len({tuple(call) for call in calls[1:4]}) == 3 and calls[0] == calls[4]
+        assert [len(call) for call in calls] == [8] * 8  # before, three updates, after, three samples of SFT
+        assert len({tuple(call) for call in calls[1:4]}) == 3 and all(calls[0] == call for call in calls[4:])
         assert any(sorted(map(len, call)) != list(map(len, call)) for call in calls)
         logs.append([line["raw"] for line in steps(start.folder / f"out{i}/ppo.log.jsonl")])
     assert logs[0] == pytest.approx(logs[1], abs=1e-4)
@@ -601,7 +601,7 @@ def test_pairs_of_ppo_flags_that_cannot_work_are_refused(flags, said):
 
 @pytest.mark.parametrize("flags", [
     {}, {"kl_coef": 0.0}, {"kl_target": 6.0}, {"kl_target": 6.0, "kl_horizon": 10}, {"minibatches": 64},
-    {"reward": "f.py:f"}, {"reward": "f.py:f", "reward_scale": "none"}, {"kl_horizon": 1000},
+    {"reward": "f.py:f"}, {"reward": "f.py:f", "reward_scale": "none"},
     {"judge": "rm.pt", "reward": "f.py:f"}])
 def test_pairs_of_ppo_flags_that_work_are_not_refused(flags):
     check_pairs(ppo.Config(**flags))
