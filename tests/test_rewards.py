@@ -561,7 +561,7 @@ def test_a_gain_that_is_only_the_missing_end_is_warned_of(before, after, warned)
 
 def test_a_reward_far_from_any_unit_is_warned_of(start):
     """x 100 without the scale: the critic stays useless, and a warning says so, once."""
-    source = "def f(prompts, responses):\n    return [100.0 * len(r) - 5000 for r in responses]\n"
+    source = "def f(prompts, responses):\n    return [100.0 * len(r) + 5000 for r in responses]\n"
     code, out, err = start(source, reward_scale="none", updates=20)
     assert code == 0 and out.count("the explained variance has been below") == 1, out + err
 
