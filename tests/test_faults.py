@@ -77,7 +77,8 @@ def test_A_odd_prompts_are_the_same_tokens_in_every_stage(folder, monkeypatch, c
         val=prompts) or exit(0))
     with pytest.raises(SystemExit):
         ppo_main()
-    assert seen == {"rm": expected, "ppo": expected, "val": expected}
+    times = 128 // len(expected)  # the SFT model answers a few prompts several times
+    assert seen == {"rm": expected * times, "ppo": expected, "val": expected}
     monkeypatch.setattr(sample, "generate", lambda gpt, tokens, lengths, *rest: (tokens, lengths))
     gpt = load(GPT, "out/sft.pt")
     for text, tokens in zip(ODD, expected, strict=True):
