@@ -242,7 +242,7 @@ VALUES = {"messages": [HI, YES], "responses": [" r", " s"], "ranks": [1, 0], "ra
     name: f" {name}" for name in ("prompt", "completion", "text", "chosen", "rejected", "preference")}
 
 
-@pytest.mark.parametrize("first, second", itertools.permutations(VALUES, 2))
+@pytest.mark.parametrize("first, second", list(itertools.permutations(VALUES, 2)))
 def test_no_pair_of_columns_is_read_in_silence(write, capsys, first, second):
     """Any two columns, beside a good line of each file or alone: an error, read, or named."""
     for good in ({}, *GOOD.values(), ranking()):
