@@ -65,8 +65,9 @@ def main(args):
             for gap in pair_gaps(scores, ranks)]
     if gaps:
         right = accuracy(torch.tensor(gaps)).mean().item()
-        half = 1.96 * (right * (1 - right) / len(gaps)) ** 0.5
-        print(f"accuracy {right:.1%} +- {half:.1%} on {len(gaps)} pairs")
+        texts = {(prompt, text) for _, prompt, responses, ranks in found if ranks for text in responses}
+        half = 1.96 * (right * (1 - right) / min(len(gaps), len(texts))) ** 0.5  # as train_rm.py counts
+        print(f"accuracy {right:.1%} +- {half:.1%} (95%) on {len(gaps)} pairs of {len(texts)} texts")
 
 
 def read_args():
