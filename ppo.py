@@ -36,7 +36,7 @@ from lib.flags import Shared, bounded, cli, pick_device
 from lib.generate import generate
 from lib.resume import Run
 from lib.rewards import in_units, load_models, model_files, units
-from lib.start import responses
+from lib.start import fit_responses
 from train_sft import sft_backward
 
 
@@ -264,7 +264,7 @@ def main(cfg):
     policy, critic, tokenizer = models.policy, models.critic, models.tokenizer
     block_size = policy.config.block_size
     room = min([block_size, *(rm.room for rm in (critic, models.judge) if rm)])
-    cfg = responses(cfg, folder, tokenizer, room)
+    cfg = fit_responses(cfg, folder, tokenizer, room)
     prompts, val = open_prompts(folder, tokenizer, prompt_room(room, cfg.max_new_tokens), cfg)
     demonstrations = encode_demonstrations(read_training(read_sft, folder / "sft.jsonl", cfg), tokenizer,
                                            block_size, "sft.jsonl") if cfg.ptx_coef else []
@@ -309,7 +309,7 @@ def main(cfg):
     results = [before, after, *(held_out(sft, seed=seed) for seed in (1, 2, 3))]
     before, after, *more = (in_units(result, models.score, cfg.no_eos_score) for result in results)
     chosen = report.best_of([before, *more])
-    run.finish(policy, tokenizer, *report.results(before, chosen, after, cfg.updates, models.score),
+    run.finish(policy, tokenizer, *report.last_reports(before, chosen, after, cfg.updates, models.score),
                samples=report.samples(before, after), best=best)
     report.print_table(before, chosen, after, world, cfg.show)
     print(f"{units(models.score)}PPO done: {report.describe(report.means(after))}; {run.result}")

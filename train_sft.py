@@ -24,7 +24,7 @@ from lib.flags import Shared, bounded, cli, pick_device
 from lib.memory import check_training
 from lib.report import print_sample, report_ngrams
 from lib.resume import Run
-from lib.start import start
+from lib.start import start_sft
 from model import GPTConfig
 
 
@@ -109,7 +109,7 @@ def main(cfg):
     run = Run("sft", cfg, [*files, cfg.init, cfg.tokenizer], device)
 
     train, val = read_split(read_sft, folder / "sft.jsonl", cfg)
-    gpt, tokenizer, cfg = start(cfg, train, val, folder)
+    gpt, tokenizer, cfg = start_sft(cfg, train, val, folder)
     gpt.chat = fmean(prompt.endswith(ANSWER) for prompt, _ in train)  # sample.py asks
     check_model(prepare(gpt, device))
     prepare(gpt, device, cfg)

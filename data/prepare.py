@@ -19,13 +19,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
 
-from data import lists
+from data import lists, rules
 from data.convert import Dropped, objects, write
 from data.files import UserError, printable
 from data.records import check_line
 from data.rows import NAMES, Found
 from data.split import held_out, place
-from lib import rules
 
 FEW = 20  # with fewer prompts than this the responses say what is held out
 LARGEST = 9  # more rated responses to a prompt are ranked as texts without a prompt are: in lists of K

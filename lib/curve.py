@@ -53,15 +53,18 @@ class Curve:
         self.parts = {"curve": self} | (self.kept.parts if self.kept else {})
 
     def add(self, **numbers):
+        """The numbers of a step, as floats."""
         for name, x in ({"steps": 1} | numbers).items():
             self.sums[name] = self.sums.get(name, 0) + x
 
     def means(self):
+        """{name: mean since the last call}."""
         steps = self.sums.pop("steps")
         self.trained, self.sums = {name: x / steps for name, x in self.sums.items()}, {}
         return self.trained
 
     def look(self, step, log):
+        """Measure after this step, if it is due; the numbers go to the screen and into the log."""
         if step % self.every and step < self.steps:
             return
         numbers = self.measure()
@@ -80,6 +83,7 @@ class Curve:
 
     @property
     def over(self):
+        """Whether the run is to end here."""
         worse = any(x > WORSE * self.best[name] for name, x in self.measured.items() if name.endswith("loss"))
         long = self.idle >= 2 and self.idle * self.every >= self.steps // 5
         return bool(self.kept) and self.looked > self.steps // 2 and long and worse

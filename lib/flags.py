@@ -20,7 +20,7 @@ from lib.threads import warn_if_busy
 
 def bounded(default, low, high=2**31):
     """A flag's default, and the numbers that it may be. Without, they are those above 0; also 0 and those
-    below where the default is such a one. A default of None is left to lib/rules.py."""
+    below where the default is such a one. A default of None is left to data/rules.py."""
     return dataclasses.field(default=default, metadata={"limits": (low, high)})
 
 

@@ -70,15 +70,25 @@ def held_out_pairs(groups, scores, world):
     return torch.tensor(gap), torch.tensor(longer), torch.tensor(gold), torch.tensor(best)
 
 
+def score_groups(rm, groups, cfg, device):
+    """Scores (M,) of all responses of the groups, in order."""
+    rows, was = [row for group in groups for row in group.rows], rm.training
+    scores = score_rows(rm.eval(), rows, min(cfg.batch_tokens, cfg.micro_batch), device)
+    rm.train(was)
+    return scores
+
+
+def half_width(accuracy, pairs, texts):
+    """Of its 95% interval. Pairs of the same texts are not independent: no more are counted than texts."""
+    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / min(pairs, texts))
+
+
 FEW_PAIRS = 300
 
 
 def measure_pairs(rm, groups, cfg, device):
     """Accuracy and loss on all pairs of the groups, while the reward model trains."""
-    rows, was = [row for group in groups for row in group.rows], rm.training
-    scores = score_rows(rm.eval(), rows, min(cfg.batch_tokens, cfg.micro_batch), device)
-    gap = held_out_pairs(groups, scores, None)[0]
-    rm.train(was)
+    gap = held_out_pairs(groups, score_groups(rm, groups, cfg, device), None)[0]
     numbers = [("val_accuracy", accuracy(gap).mean().item()), ("val_loss", -F.logsigmoid(gap).mean().item())]
     # the first says which weights are the best; with few pairs one of them more or less would decide
     return dict(numbers if len(gap) >= FEW_PAIRS else numbers[::-1])
@@ -86,8 +96,7 @@ def measure_pairs(rm, groups, cfg, device):
 
 def report_pairs(rm, groups, world, cfg, device):
     """Print and return how well `rm` orders held-out pairs, beside what else could explain it."""
-    scores = score_rows(rm, [row for group in groups for row in group.rows],
-                        min(cfg.batch_tokens, cfg.micro_batch), device)
+    scores = score_groups(rm, groups, cfg, device)
     gap, longer, gold, best = held_out_pairs(groups, scores, world)
     right = accuracy(gap)
     result = {"accuracy": right.mean().item(), "pairs": len(gap),
@@ -95,8 +104,7 @@ def report_pairs(rm, groups, world, cfg, device):
               "ceiling": best.mean().item() if world else None,
               "calibration_error": calibration_error(gap)}
     texts = len({(group.texts[0], text) for group in groups for text in group.texts[1]})
-    # pairs of the same texts are not independent: no more are counted than there are texts
-    half = 1.96 * math.sqrt(result["accuracy"] * (1 - result["accuracy"]) / min(len(gap), texts))
+    half = half_width(result["accuracy"], len(gap), texts)
     print(f"held-out pairs: accuracy {result['accuracy']:.1%} +- {half:.1%} (95%) on {len(gap)} of {texts} "
           "texts" + (f", ceiling {result['ceiling']:.1%}" if world else "")
           + f", longer wins {result['longer_wins']:.1%}")
@@ -253,7 +261,7 @@ def win_rate(after, before):
     return fmean([(a > b) + 0.5 * (a == b) for a, b in zip(after, before, strict=True)])
 
 
-def results(before, chosen, after, updates, score):
+def last_reports(before, chosen, after, updates, score):
     """The reports that the log ends with."""
     best = {f"best_of_4_{name}": x for name, x in means(chosen).items() if name in ("score", "gold", "judge")}
     return ({"update": 0, **means(before), **scale_of(score)},

@@ -1,14 +1,14 @@
 """How a stage starts: its network and tokenizer, and the flags that nobody gave."""
-from dataclasses import fields
+import dataclasses
 from statistics import fmean
 
 import torch
 
+from data import rules
 from data.files import UserError
 from data.records import read_preferences, read_sft
 from data.split import read_split
 from data.tokenizer import get_tokenizer, train_tokenizer
-from lib import rules
 from lib.checkpoint import load, load_tokenizer, new_gpt
 from lib.flags import check_pairs
 from model import GPT, GPTConfig, RewardModel
@@ -21,10 +21,21 @@ def spread(examples):
     return examples[:: max(1, len(examples) // SOME)]
 
 
-def start(cfg, train, val, folder):
+def fill(cfg, why, **values):
+    """A copy of cfg in which each flag that is None has its value; prints which, and why."""
+    made = {name: x for name, x in values.items() if getattr(cfg, name) is None}
+    if made:
+        flags = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in made.items())
+        print(f"by the data: {flags} ({why})")
+    given, cfg = cfg.given, dataclasses.replace(cfg, **made)
+    cfg.given = given
+    return cfg
+
+
+def start_sft(cfg, train, val, folder):
     """Config of train_sft.py and demonstrations -> (GPT, tokenizer, Config with every flag filled in).
     UserError: --init beside flags that it fixes."""
-    names = [field.name for field in fields(GPTConfig)]
+    names = [field.name for field in dataclasses.fields(GPTConfig)]
     if cfg.init:
         for name in sorted({"tokenizer", *names} - {"dropout"}):
             if getattr(cfg, name) != getattr(type(cfg), name) or name in cfg.given:
@@ -52,7 +63,7 @@ def start(cfg, train, val, folder):
         made = {"block_size": sizes["block_size"]} | made
         if not cfg.tokenizer:
             made = {"vocab_size": tokenizer.vocab_size} | made
-    cfg = rules.fill(cfg, f"{tokens} tokens for {parameters} parameters of width {width}", **made)
+    cfg = fill(cfg, f"{tokens} tokens for {parameters} parameters of width {width}", **made)
     check_pairs(cfg)
     if not cfg.init:
         gpt = new_gpt(GPTConfig(**sizes | {"dropout": cfg.dropout}))
@@ -73,7 +84,7 @@ def ranked_texts(folder, skip_bad):
     return [(prompt, response) for prompt, answers, *_ in some for response in answers]
 
 
-def responses(cfg, folder, tokenizer, room):
+def fit_responses(cfg, folder, tokenizer, room):
     """A Config of train_rm.py or ppo.py whose --max-new-tokens fits the demonstrations in sft.jsonl, if there
     are any that can be read; of ppo.py with a --kl-horizon, if there is a target."""
     try:
@@ -84,7 +95,7 @@ def responses(cfg, folder, tokenizer, room):
     made = {"max_new_tokens": rules.max_new_tokens(room, lengths)}
     if getattr(cfg, "kl_target", 0):
         made["kl_horizon"] = rules.kl_horizon(cfg.updates * cfg.batch)
-    return rules.fill(cfg, f"{len(lengths)} demonstrations", **made)
+    return fill(cfg, f"{len(lengths)} demonstrations", **made)
 
 
 def start_rm(cfg, sft, folder):
@@ -99,7 +110,7 @@ def start_rm(cfg, sft, folder):
     mean = fmean(len(tokenizer.encode(text)) + 1 for text in spread(some))
     tokens, different = round(mean * len(texts)), round(mean * len(some))
     room = gpt.config.block_size - (cfg.pool == "token")
-    cfg = rules.fill(cfg, f"{tokens} tokens of ranked responses, width {gpt.config.d_model}",
+    cfg = fill(cfg, f"{tokens} tokens of ranked responses, width {gpt.config.d_model}",
                      **rules.rm(tokens, different, gpt.config.d_model, cfg.epochs))
-    cfg = responses(cfg, folder, tokenizer, room)
+    cfg = fit_responses(cfg, folder, tokenizer, room)
     return load(GPT, sft, cfg.dropout) if cfg.dropout else gpt, tokenizer, train, val, cfg

@@ -40,7 +40,7 @@ FILES = {"ppo.py": "ppo checks pipeline rewards faults curve resume",
          "lib/checks.py": "checks", "lib/checks_rm.py": "checks", "tools/score.py": "score",
          "data/split.py": "own_data", "data/lists.py": "prepare reviews", "data/rows.py": "prepare",
          "lib/common.py": "sft rm ppo checks pipeline resume",
-         "lib/flags.py": "records pipeline rewards rough", "lib/rules.py": "rules",
+         "lib/flags.py": "records pipeline rewards rough", "data/rules.py": "rules",
          "lib/start.py": "rules pipeline",
          "lib/curve.py": "curve", "lib/baselines.py": "baselines", "lib/threads.py": "rules",
          "data/examples.py": "sft rm ppo pipeline records faults"}

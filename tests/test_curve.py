@@ -12,8 +12,9 @@ from helpers import PPO, SIZES, jsonl, lines, make_data, same_weights, steps, ti
 import ppo
 import train_rm
 import train_sft
+from data import rules
 from data.files import UserError
-from lib import curve, report, rules
+from lib import curve, report
 from lib.checkpoint import load
 from lib.curve import Best, Curve
 from lib.report import beside_best_of, compare

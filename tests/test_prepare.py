@@ -396,8 +396,8 @@ def test_what_the_scripts_would_refuse_is_dropped_and_counted(folder, capsys):
 
 def test_the_flags_that_are_printed_fit_the_data(folder, capsys):
     from data.examples import encode_demonstrations, encode_rankings, prompt_room
+    from data.rules import max_new_tokens
     from data.tokenizer import train_tokenizer
-    from lib.rules import max_new_tokens
     table("r.csv", ("text", "rating"), [(text(i, 5 + i % 40), i % 5) for i in range(600)])
     run("r.csv", to="my data")
     out = capsys.readouterr().out

@@ -9,15 +9,15 @@ from helpers import BYTES, SIZES, jsonl, make_data
 
 import train_rm
 import train_sft
-from data import prepare
+from data import prepare, rules
 from data.examples import Ranking, standardise
 from data.files import UserError
 from data.records import read_sft
-from lib import rules, threads
+from lib import threads
 from lib.checkpoint import load
 from lib.flags import check_pairs, flags
 from lib.rewards import score_rows
-from lib.start import responses, start, start_rm
+from lib.start import fill, fit_responses, start_rm, start_sft
 
 
 def test_the_stories_get_what_their_results_were_made_with():
@@ -72,24 +72,25 @@ def test_block_size(longest, wanted):
 def test_what_is_given_stays_and_what_is_not_is_printed_with_its_reason(capsys):
     cfg = train_sft.Config(lr=1e-3)
     cfg.given = {"lr"}
-    made = rules.fill(cfg, "because", lr=2e-3, epochs=3.0, batch_tokens=99)
+    made = fill(cfg, "because", lr=2e-3, epochs=3.0, batch_tokens=99)
     assert (made.lr, made.epochs, made.batch_tokens, made.given) == (1e-3, 3.0, 99, {"lr"})
     assert cfg.epochs is None  # a copy
     assert capsys.readouterr().out == "by the data: --epochs 3.0 --batch-tokens 99 (because)\n"
-    assert rules.fill(made, "because", lr=2e-3) == made and capsys.readouterr().out == ""
+    assert fill(made, "because", lr=2e-3) == made and capsys.readouterr().out == ""
 
 
 def test_start_fills_in_every_flag(tmp_path, capsys):
     make_data(tmp_path / "data")
     examples = [("p", "some words to learn " * 3)] * 40
     sizes = {"n_layer": 1, "n_head": 2, "d_model": 16}
-    gpt, tokenizer, cfg = start(train_sft.Config(**sizes), examples, examples, tmp_path)
+    gpt, tokenizer, cfg = start_sft(train_sft.Config(**sizes), examples, examples, tmp_path)
     assert None not in vars(cfg).values()
     assert gpt.config.vocab_size == tokenizer.vocab_size == cfg.vocab_size and cfg.block_size == 64
     assert gpt.config.dropout == cfg.dropout == 0.3
     said = capsys.readouterr().out
     assert said.startswith("by the data: --vocab-size ") and "--dropout 0.3" in said and "width 16" in said
-    gpt, tokenizer, cfg = start(train_sft.Config(**SIZES | {"dropout": 0.1}), examples, examples, tmp_path)
+    given = train_sft.Config(**SIZES | {"dropout": 0.1})
+    gpt, tokenizer, cfg = start_sft(given, examples, examples, tmp_path)
     assert tokenizer.name == BYTES.name and cfg.dropout == gpt.config.dropout == 0.1
     assert cfg.vocab_size is None and "--vocab-size" not in capsys.readouterr().out
 
@@ -199,19 +200,19 @@ def test_the_block_size_fits_held_out_texts_and_the_texts_of_the_reward_model(tm
     for val, ranked, wanted in ((short, None, 64), ([("p", "x" * 90)], None, 128), (short, "y" * 150, 192)):
         if ranked:
             jsonl(tmp_path / "preferences.jsonl", [{"prompt": "p", "chosen": "ab", "rejected": ranked}] * 9)
-        cfg = start(train_sft.Config(**sizes), short, val, tmp_path)[2]
+        cfg = start_sft(train_sft.Config(**sizes), short, val, tmp_path)[2]
         assert cfg.block_size == wanted
     (tmp_path / "preferences.jsonl").write_text("{broken\n")  # train_rm.py will say so
-    assert start(train_sft.Config(**sizes), short, short, tmp_path)[2].block_size == 64
+    assert start_sft(train_sft.Config(**sizes), short, short, tmp_path)[2].block_size == 64
 
 
 @pytest.mark.parametrize("text", ['{"prompt": 3\n', ""])
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_a_broken_file_of_demonstrations_stops_no_later_stage(tmp_path, text, skip_bad):
     (tmp_path / "sft.jsonl").write_text(text)
-    cfg = responses(train_rm.Config(skip_bad=skip_bad), tmp_path, BYTES, 200)
+    cfg = fit_responses(train_rm.Config(skip_bad=skip_bad), tmp_path, BYTES, 200)
     assert cfg.max_new_tokens == 100
-    assert responses(train_rm.Config(max_new_tokens=7), tmp_path, BYTES, 200).max_new_tokens == 7
+    assert fit_responses(train_rm.Config(max_new_tokens=7), tmp_path, BYTES, 200).max_new_tokens == 7
 
 
 def test_epochs_that_are_given_set_the_size_of_a_batch():
@@ -233,5 +234,5 @@ def test_prepare_names_the_sizes_that_train_sft_then_takes(tmp_path, monkeypatch
     assert prepare.main(["t.csv", "--to", "my", "--val", "0.2"]) == 0
     said = int(re.search(r"--block-size (\d+)", capsys.readouterr().out)[1])
     train, val = (read_sft(Path("my") / name) for name in ("sft.jsonl", "sft_val.jsonl"))
-    cfg = start(train_sft.Config(n_layer=1, n_head=2, d_model=16), train, val, Path("my"))[2]
+    cfg = start_sft(train_sft.Config(n_layer=1, n_head=2, d_model=16), train, val, Path("my"))[2]
     assert cfg.block_size >= 128 and abs(math.log2(cfg.block_size / said)) <= 1  # it is told by bytes

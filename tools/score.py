@@ -22,7 +22,7 @@ from lib.checkpoint import load, load_tokenizer, write, write_lines
 from lib.fast import prepare
 from lib.flags import one_sentence, pick_device
 from lib.output import make_harmless
-from lib.report import accuracy
+from lib.report import accuracy, half_width
 from lib.rewards import score_rows
 from model import RewardModel
 
@@ -66,7 +66,7 @@ def main(args):
     if gaps:
         right = accuracy(torch.tensor(gaps)).mean().item()
         texts = {(prompt, text) for _, prompt, responses, ranks in found if ranks for text in responses}
-        half = 1.96 * (right * (1 - right) / min(len(gaps), len(texts))) ** 0.5  # as train_rm.py counts
+        half = half_width(right, len(gaps), len(texts))
         print(f"accuracy {right:.1%} +- {half:.1%} (95%) on {len(gaps)} pairs of {len(texts)} texts")
 
 

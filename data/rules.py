@@ -1,26 +1,14 @@
-"""Rules: what a flag is when nobody gives it, as the data and the network ask for. All of them are here;
-docs/data.md says what each was worth.
+"""Rules: what a flag is when nobody gives it, as the data and the network ask for. All of them are here, as
+functions of numbers; lib/start.py fills them in, docs/data.md says where each comes from.
 
 Rates are those that were best at width 128, and fall beyond it with the width d: as 1/d for a network from
 scratch, as 1/d^2 for one that is trained already, which at GPT-2's 768 gives 1e-4 and 1.4e-5, as is usual.
 """
-import dataclasses
 import math
 
 WIDTH = 128  # of the network that the rates were found with
 STEPS = 300  # in a run, at least
 FEW = 1_000_000  # tokens of ranked texts; with fewer the reward model learns the texts by heart
-
-
-def fill(cfg, why, **values):
-    """A copy of cfg in which each flag that is None has its value; prints which, and why."""
-    made = {name: x for name, x in values.items() if getattr(cfg, name) is None}
-    if made:
-        flags = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in made.items())
-        print(f"by the data: {flags} ({why})")
-    given, cfg = cfg.given, dataclasses.replace(cfg, **made)
-    cfg.given = given
-    return cfg
 
 
 def vocab_size(texts):
