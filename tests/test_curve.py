@@ -13,6 +13,7 @@ import ppo
 import train_rm
 import train_sft
 from data import rules
+from data.examples import Ranking
 from data.files import UserError
 from lib import curve, report
 from lib.checkpoint import load
@@ -397,3 +398,13 @@ def test_all_scores_of_the_report_are_in_the_same_units(models, tmp_path):
                   for row in rows if row["model"] == name]
         assert result["score"] == pytest.approx(sum(scores) / len(scores), abs=1e-5)
     assert after["best_of_4_score"] >= before["score"] - 1e-6
+
+
+@pytest.mark.parametrize("n, first", [(299, "val_loss"), (300, "val_accuracy")])
+def test_with_few_pairs_the_loss_decides_which_weights_are_the_best(n, first, monkeypatch):
+    """One pair more or less would decide by accuracy."""
+    groups = [Ranking([], [[1], [2]], [0, 1], ("", ("a", "b")), None)] * n
+    monkeypatch.setattr(report, "score_groups", lambda *args: torch.tensor([2.0, 0.0]).repeat(n))
+    numbers = report.measure_pairs(None, groups, None, None)
+    assert next(iter(numbers)) == first
+    assert numbers == {"val_accuracy": 1.0, "val_loss": pytest.approx(math.log(1 + math.exp(-2)))}
