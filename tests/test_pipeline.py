@@ -356,7 +356,7 @@ def test_the_bpe_is_trained_on_the_training_demonstrations(made, tmp_path, monke
 def test_the_sampler_goes_on_and_evaluation_is_held_out_and_has_its_own_random_numbers(made, run, monkeypatch,
                                                                                       spy):
     """11 updates, so that one evaluation comes between two of them."""
-    rollouts, held_out, tables = [], [], spy(report, "print_table")
+    rollouts, held_out, whose, tables = [], [], [], spy(report, "print_table")
     rollout, evaluate, where = ppo.rollout, report.evaluate, [rollouts]
 
     def watched_rollout(policy, prompts, eos, cfg, generator):
@@ -367,6 +367,8 @@ def test_the_sampler_goes_on_and_evaluation_is_held_out_and_has_its_own_random_n
 
     def watched_evaluate(*args, **seed):
         where.append(inside := [])
+        models = args[-1]
+        whose.append("ref" if models.policy is models.ref else "policy")
         held_out.append((evaluate(*args, **seed), inside))
         where.pop()
         return held_out[-1][0]
@@ -382,7 +384,7 @@ def test_the_sampler_goes_on_and_evaluation_is_held_out_and_has_its_own_random_n
     assert sorted(p for *_, some in rollouts[:8] for p in some) == sorted(prompts)  # an epoch: each once
 
     val, results = read_prompts(made / "data/prompts_val.jsonl"), [result for result, _ in held_out]
-    assert len(results) == 3 + 3  # and three more samples a prompt of the SFT model
+    assert whose == ["policy"] * 3 + ["ref"] * 3  # and three more samples a prompt of the SFT model
     for seed, (result, inside) in zip((0, 0, 0, 1, 2, 3), held_out, strict=True):
         assert [prompt for prompt, _ in result["texts"]] == val
         assert torch.equal(inside[0][0], gen(seed).get_state())

@@ -15,7 +15,7 @@ from data.examples import Ranking, encode_rankings, pad
 from data.files import UserError
 from lib.checkpoint import load, save
 from lib.generate import generate
-from lib.report import accuracy, calibration_error, report_pairs
+from lib.report import accuracy, calibration_error, half_width, report_pairs
 from lib.rewards import score_rows
 from model import GPT, Block, RewardModel, Trunk
 from train_rm import Config, ranking_loss
@@ -86,6 +86,50 @@ def test_micro_batches_change_no_gradient(monkeypatch):
         assert results[size][:2] == pytest.approx(results[10**6][:2], rel=1e-5)
         for a, b in zip(results[size][2], results[10**6][2], strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_ratings_add_the_mean_squared_error_of_the_scores_that_have_one():
+    """In any micro-batches: the mean is over all rated responses of the step."""
+    rng = random.Random(1)
+    ratings = [[0.5, -1.0], None, [2.0, 0.0, -0.5], None]
+    groups = [Ranking([], [[rng.randrange(17) for _ in range(rng.randint(2, 9))] for _ in range(n)],
+                      list(range(n)), (), None, some) for n, some in zip((2, 3, 3, 2), ratings, strict=True)]
+    results = {}
+    for size in (1, 40, 10**6):
+        torch.manual_seed(0)
+        rm = RewardModel(Trunk(gpt_config(17, 16, 1, 2, 16)))
+        made = train_rm.ranking_backward(rm, groups, size, "cpu", 1)[0]
+        results[size] = made, [p.grad for p in rm.parameters()]
+    scores = rm.score(*pad([row for group in groups for row in group.rows]))
+    error = (scores[[0, 1, 5, 6, 7]] - torch.tensor([0.5, -1.0, 2.0, 0.0, -0.5])) ** 2
+    loss = ranking_loss(scores, [group.ranks for group in groups])[0] + error.mean()
+    rm.zero_grad()
+    loss.backward()
+    for made, grads in results.values():
+        assert made == pytest.approx(loss.item(), rel=1e-5)
+        for a, p in zip(grads, rm.parameters(), strict=True):
+            torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_the_unit_of_ratings_changes_nothing(tmp_path):
+    """Stars from 1 to 5 or per cent: main brings them to mean 0 and standard deviation 1."""
+    rng, results = random.Random(5), []
+    rows = list(more_a_wins(24, rng, K=3))
+    for i, (factor, shift) in enumerate(((1, 0), (25, 300))):
+        rated = [row | {"ratings": [factor * x + shift for x in (2.5, 1.0, -1.5)]} for row in rows]
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        run = make_run(folder, rated, rated[:6])
+        train_rm.main(Config(data=run, out=run, epochs=2.0, batch_tokens=160, dropout=0.0, device="cpu"))
+        results.append([line for line in lines(folder / "rm.log.jsonl") if "step" in line])
+    assert results[0][-1]["loss"] > 0.3
+    for a, b in zip(*results, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_half_width_counts_no_more_pairs_than_texts():
+    assert half_width(0.5, 400, 1000) == pytest.approx(1.96 * 0.5 / 20)
+    assert half_width(0.5, 40_000, 100) == pytest.approx(1.96 * 0.5 / 10)
 
 
 def test_sizes_are_the_longest_text_of_a_prompt_and_their_number():
