@@ -1,21 +1,25 @@
 """Held-out curves, the weights that are kept, runs that end early, and PPO's KL budget and best policy."""
+import dataclasses
 import math
 import os
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PPO, SIZES, jsonl, lines, make_data, same_weights, steps, tiny_gpt
+from helpers import BYTES, PPO, SIZES, jsonl, lines, make_data, same_weights, steps, tiny_gpt
 
 import ppo
 import train_rm
 import train_sft
 from data import rules
-from data.examples import Ranking
+from data.examples import Ranking, encode_rankings
 from data.files import UserError
+from data.records import read_preferences
 from lib import curve, report
+from lib.baselines import Linear
 from lib.checkpoint import load
 from lib.curve import Best, Curve
 from lib.report import beside_best_of, compare
@@ -187,6 +191,50 @@ def test_a_run_that_ends_early_resumes_to_the_same_bits(folder, tmp_path, monkey
     assert not end.value.code
 
 
+def contradicted(folder, tmp_path):
+    """A reward model learns that more of the letter a is better; on held-out data it is worse."""
+    out = tmp_path / "rm"
+    out.mkdir()
+    make_data(out)
+    rows = lines(out / "preferences_val.jsonl")
+    jsonl(out / "preferences_val.jsonl", [row | {"responses": row["responses"][::-1]} for row in rows])
+    train_sft.main(train_sft.Config(**SIZES, data=str(out), out=str(out), epochs=0.5))
+    return train_rm.Config(data=str(out), out=str(out), epochs=20.0, batch_tokens=256, lr=5e-3, dropout=0.0,
+                           pool="mean", save_every=0, device="cpu")
+
+
+def test_a_reward_model_keeps_its_best_weights(folder, tmp_path):
+    train_rm.main(contradicted(folder, tmp_path))
+    reports = [line["report"] for line in lines(tmp_path / "rm/rm.log.jsonl") if "report" in line]
+    *looks, result = reports
+    best = min(looks, key=lambda look: look["val_loss"])  # there are few pairs
+    assert best["val_loss"] < looks[-1]["val_loss"] / 1.1 and best["val_accuracy"] != looks[-1]["val_accuracy"]
+    assert result["accuracy"] == pytest.approx(best["val_accuracy"], abs=1e-6)
+
+
+@pytest.mark.parametrize("script", [train_sft, train_rm], ids=["sft", "rm"])
+def test_a_stop_after_an_early_end_loses_nothing(folder, tmp_path, monkeypatch, script):
+    """The state of the last step is there before the report is made, though another end was planned."""
+    cfg = contradicted(folder, tmp_path) if script is train_rm else train_sft.Config(
+        **SFT, data=str(folder), out=str(tmp_path / "sft"))
+    name = "report_ngrams" if script is train_sft else "report_pairs"
+
+    def stop(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(script, name, stop)
+        script.main(cfg)
+    state = Path(cfg.out) / f"{'sft' if script is train_sft else 'rm'}.state.pt"
+    saved = torch.load(state, weights_only=True)
+    assert saved["step"] == saved["steps"]  # the run is over
+    ran = saved["step"]
+    monkeypatch.setattr(script, "clip_and_step", lambda *args: pytest.fail("a step was taken"))
+    script.main(dataclasses.replace(cfg, resume=True))
+    log = lines(state.with_name(state.name.replace(".state.pt", ".log.jsonl")))
+    assert [line["step"] for line in log if "step" in line][-1] == ran
+    assert not state.exists()
+
+
 def test_another_number_of_threads_is_said(folder, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         stop_after(patched, 3)
@@ -210,7 +258,12 @@ def models(tmp_path_factory):
 def test_the_curve_of_a_reward_model_is_that_of_its_report(models):
     log = [line["report"] for line in lines(models / "rm.log.jsonl") if "report" in line]
     assert log[-1]["accuracy"] == pytest.approx(log[-2]["val_accuracy"], abs=1e-6)
-    assert 0 < log[-1]["ridge_accuracy"] <= 1
+    groups, val = (encode_rankings(read_preferences(models / name), BYTES, 32, "") for name in (
+        "preferences.jsonl", "preferences_val.jsonl"))
+    linear = Linear(groups)
+    scores = [[linear.score(text) for text in group.texts[1]] for group in val]
+    right = [(a > b) + 0.5 * (a == b) for some in scores for i, a in enumerate(some) for b in some[i + 1 :]]
+    assert log[-1]["ridge_accuracy"] == pytest.approx(sum(right) / len(right))  # best first
 
 
 # ---- what is said beside what is trivial ----

@@ -215,6 +215,18 @@ def test_a_broken_file_of_demonstrations_stops_no_later_stage(tmp_path, text, sk
     assert fit_responses(train_rm.Config(max_new_tokens=7), tmp_path, BYTES, 200).max_new_tokens == 7
 
 
+def test_epochs_that_are_given_reach_the_rules(tmp_path, monkeypatch):
+    seen = []
+    for name in ("sft", "rm"):
+        shipped = getattr(rules, name)
+        monkeypatch.setattr(rules, name, lambda *args, rule=shipped: seen.append(args[-1]) or rule(*args))
+    make_data(tmp_path)
+    start_sft(train_sft.Config(**SIZES, epochs=0.5), [("p", "ab")] * 9, [("p", "ab")], tmp_path)
+    train_sft.main(train_sft.Config(**SIZES, data=str(tmp_path), out=str(tmp_path), epochs=0.1))
+    start_rm(train_rm.Config(epochs=7.0), tmp_path / "sft.pt", tmp_path)
+    assert seen == [0.5, 0.1, 7.0]
+
+
 def test_epochs_that_are_given_set_the_size_of_a_batch():
     assert rules.sft(100_000, 10**6, 128, "", 1.0)["batch_tokens"] == 100_000 // 300
     assert rules.rm(100_000, 100_000, 128, 3.0)["batch_tokens"] == 300_000 // 300
