@@ -10,9 +10,11 @@ import math
 import os
 import pickletools
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from data.files import UserError, atomic_file, check_archive
 from data.tokenizer import from_spec
@@ -98,6 +100,24 @@ def check_config(config):
             raise UserError(f"{name} is {x}, and must lie between {limits(field)[0]} and {limits(field)[1]}")
 
 
+class NoInit(TorchFunctionMode):
+    """Inside, torch.nn.init leaves tensors as they are."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def sizes_only():
+    """Inside, a new network has sizes and no numbers. On the "meta" device torch.nn.init would import torch's
+    compiler: 2 s at each start, and an error where that has no folder to write to."""
+    with torch.device("meta"), NoInit():
+        yield
+
+
 def new_gpt(config):
     """UserError: this model.py can't make such a network, or no checkpoint can hold its config."""
     check_config(config)
@@ -142,7 +162,7 @@ def load(model_class, path, dropout=0.0):
         check_config(config)
         if config.n_layer > len(data["weights"]):
             raise ValueError("its config has more layers than weights")
-        with torch.device("meta"):  # names and sizes are compared before anything is allocated
+        with sizes_only():  # names and sizes are compared before anything is allocated
             _build(model_class, config, data["pool"]).load_state_dict(data["weights"], assign=True)
         model = _build(model_class, config, data["pool"])
         model.load_state_dict(data["weights"])

@@ -2,14 +2,12 @@
 import dataclasses
 from statistics import fmean
 
-import torch
-
 from data import rules
 from data.files import UserError
 from data.records import read_preferences, read_sft
 from data.split import read_split
 from data.tokenizer import get_tokenizer, train_tokenizer
-from lib.checkpoint import load, load_tokenizer, new_gpt
+from lib.checkpoint import load, load_tokenizer, new_gpt, sizes_only
 from lib.flags import check_pairs
 from model import GPT, GPTConfig, RewardModel
 
@@ -55,7 +53,7 @@ def start_sft(cfg, train, val, folder):
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": block_size}
     if not cfg.init:
         sizes = {name: getattr(cfg, name) for name in names} | sizes
-        with torch.device("meta"):
+        with sizes_only():
             gpt = new_gpt(GPTConfig(**sizes | {"dropout": 0.0}))
     parameters, width = sum(p.numel() for p in gpt.parameters()), gpt.config.d_model
     made = rules.sft(tokens, parameters, width, cfg.init, cfg.epochs)

@@ -208,7 +208,8 @@ def test_a_reward_model_keeps_its_best_weights(folder, tmp_path):
     reports = [line["report"] for line in lines(tmp_path / "rm/rm.log.jsonl") if "report" in line]
     *looks, result = reports
     best = min(looks, key=lambda look: look["val_loss"])  # there are few pairs
-    assert best["val_loss"] < looks[-1]["val_loss"] / 1.1 and best["val_accuracy"] != looks[-1]["val_accuracy"]
+    assert best["val_loss"] < looks[-1]["val_loss"] / 1.1
+    assert best["val_accuracy"] != looks[-1]["val_accuracy"]
     assert result["accuracy"] == pytest.approx(best["val_accuracy"], abs=1e-6)
 
 

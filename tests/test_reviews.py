@@ -154,7 +154,7 @@ def test_gold_is_the_mean_of_the_ratings(data):
 
 def test_validation_is_distinct_pairs_of_different_means(data):
     lines = data["preferences_val.jsonl"]
-    assert all(set(line) == {"prompt", "chosen", "rejected", "gold"} for line in lines)
+    assert all(set(line) == {"prompt", "chosen", "rejected", "ratings"} for line in lines)
     assert all(line["prompt"] == "" and line["ratings"][0] > line["ratings"][1] for line in lines)
     assert len({(line["chosen"], line["rejected"]) for line in lines}) == len(lines) > 5
     train = [Sentence(f"s{i}", i % 9, [0, 0]) for i in range(50)]

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PPO, ROOT, SIZES, gpt_config, lines, make_data, steps, tiny_gpt
+from helpers import BYTES, PPO, ROOT, SIZES, gpt_config, lines, make_data, steps, tiny_gpt
 
 import ppo
 import train_sft
 from data.files import UserError
 from lib import common, fast, flags, memory
+from lib.checkpoint import save
 from lib.generate import generate
 from model import GPT, GPTConfig
 
@@ -81,6 +82,13 @@ def test_a_compiler_that_fails_later_is_one_sentence():
     with pytest.raises(SystemExit, match="^x.py: --compile: torch.compile failed .no way.; drop --compile$"):
         with flags.one_sentence("x.py", ""):
             raise TorchDynamoException("no way\nmore")
+
+
+def test_sampling_needs_no_compiler(folder):
+    save(folder / "sft.pt", tiny_gpt(vocab_size=BYTES.vocab_size), BYTES)
+    done = script("sample.py", "--ckpt", folder / "sft.pt", "--max-new-tokens", 4, "A", env=os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": "/proc/nowhere"})
+    assert done.returncode == 0, done.stderr
 
 
 # ---- memory ----
