@@ -177,4 +177,6 @@ def without_nan(x):
     """x with None for every number that JSON lacks: NaN and the infinities."""
     if isinstance(x, dict):
         return {name: without_nan(y) for name, y in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [without_nan(y) for y in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x

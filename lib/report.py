@@ -115,7 +115,10 @@ def report_pairs(rm, groups, world, cfg, device):
         result["accuracy_wide"] = right[wide].mean().item()
         print(f"where the true scores differ by more than {cfg.wide_gap}: "
               f"{result['accuracy_wide']:.1%} on {wide.sum()}")
-    print("accuracy by margin of the two scores: " + by_margin(gap.abs(), right))
+    result["by_margin"] = by_margin(gap.abs(), right, 10)
+    print("accuracy by margin of the two scores: " + "  ".join(
+        f"<{part['margin']:.2f}: {part['accuracy']:.0%} (claims {part['claimed']:.0%})"
+        for part in by_margin(gap.abs(), right, 4)))
     lengths = torch.tensor([float(len(row)) for group in groups for row in group.rows])
     result["length_correlation"] = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item()
     print(f"expected calibration error {result['calibration_error']:.3f}; correlation of score and length "
@@ -135,11 +138,13 @@ def report_words(right, groups, val_groups, curve):
     return {"ridge_accuracy": other}
 
 
-def by_margin(margin, right):
-    """Accuracy in four equal parts of the pairs, close to far apart, beside what the margin claims."""
-    parts = zip(margin.sort().values.chunk(4), right[margin.argsort()].chunk(4), strict=True)
-    return "  ".join(f"<{m.max():.2f}: {r.mean():.0%} (claims {m.sigmoid().mean():.0%})"
-                     for m, r in parts)
+def by_margin(margin, right, parts):
+    """So many equal parts of the pairs, close to far apart: the largest margin in each, its accuracy, and
+    what the margins claim that to be."""
+    order = margin.argsort()
+    parts = zip(margin[order].chunk(parts), right[order].chunk(parts), strict=True)
+    return [{"margin": m.max().item(), "accuracy": r.mean().item(), "claimed": m.sigmoid().mean().item()}
+            for m, r in parts]
 
 
 def calibration_error(gap, bins=10):
