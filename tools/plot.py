@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,8 @@ PANELS = (
     Panel("PPO: explained variance", "ppo", "explained", limits=(-1, 1.05)),
     Panel("PPO: share of tokens clipped", "ppo", "clipped", limits=(0, None)),
     Panel("PPO: distinct word pairs", "ppo", "", "distinct_2", limits=(0, None)))
-BESIDE = {"bigram_loss": "counts of token pairs", "ceiling": "best possible", "longer_wins": "the longer one wins",
+BESIDE = {"bigram_loss": "counts of token pairs", "ceiling": "best possible",
+          "longer_wins": "the longer one wins",
           **{f"best_of_4_{name}": "SFT, best of 4" for name in ("score", "gold", "judge")}}
 
 
@@ -108,9 +110,10 @@ def read_run(folder):
     run = {}
     for stage, end in itertools.product(STAGES, ENDS):
         path = folder / f"{stage}.{end}"
-        if stage not in run and path.is_file():
-            log = parse(path.read_bytes().splitlines())
-            run |= {stage: log} if log.train or log.end else {}
+        if stage not in run and path.exists():
+            with suppress(FileNotFoundError):  # a run that has just ended has renamed it to the next
+                log = parse(path.read_bytes().splitlines())
+                run |= {stage: log} if log.train or log.end else {}
     return run
 
 
