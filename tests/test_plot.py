@@ -184,7 +184,7 @@ def test_runs_are_laid_over_one_another_a_colour_a_label():
         assert len({key[name] for name in names}) == len(names)
         assert [line.get_color() for line in axis.lines] == [key["a"], key["a"], key["b"]]
         assert [line.get_color() for line in loss.lines] == [key["a"], key["a"], key[labels[2]]]
-        assert [line.get_marker() for line in axis.lines] == ["None", ".", "None"]
+        assert [line.get_marker() for line in axis.lines] == ["", ".", "_"]
         assert list(axis.lines[1].get_xdata()) == [0, 10, 20]
         assert list(axis.lines[1].get_ydata()) == [-0.1, 1.0, 2.0]
 
@@ -219,6 +219,15 @@ def test_the_first_steps_of_a_loss_do_not_hide_the_rest_and_limits_hold():
     assert axes["PPO: explained variance"].get_ylim()[0] == -1
     [axis] = panels_of(plot.draw([{"sft": parsed(rows[:2])}], ["a"], "")).values()
     assert axis.get_ylim()[1] > 400
+    rows[0]["loss"] = 4.0
+    [axis] = panels_of(plot.draw([{"sft": parsed(rows)}], ["a"], "")).values()
+    assert 4 < axis.get_ylim()[1] < 4.5
+
+
+@drawn
+def test_a_single_step_can_be_seen():
+    [axis] = panels_of(plot.draw([{"sft": parsed(SFT[:2])}], ["a"], "")).values()
+    assert axis.lines[0].get_marker() == "_"
 
 
 # ---- the command ----
@@ -226,7 +235,7 @@ def test_the_first_steps_of_a_loss_do_not_hide_the_rest_and_limits_hold():
 @drawn
 @pytest.mark.parametrize("ending,magic", [("png", b"\x89PNG\r\n"), ("svg", b"<?xml"), ("SVG", b"<?xml")])
 def test_pictures_are_drawn_anew_but_nothing_else_is_replaced(tmp_path, capsys, ending, magic):
-    run, to = make_run(tmp_path / "$run$\x1b[1m", sft=SFT), tmp_path / f"c.{ending}"
+    run, to = make_run(tmp_path / "$\\bad$\x1b[1m", sft=SFT), tmp_path / f"c.{ending}"
     for _ in range(2):
         plot.main(options(run, to=to))
         assert to.read_bytes().startswith(magic) and capsys.readouterr().out == f"wrote {to}\n"

@@ -155,7 +155,8 @@ def draw(runs, labels, only):
     for axis, (panel, made) in zip(axes, panels, strict=False):
         for label, lines in zip(labels, made, strict=True):
             for held_out, x, y in lines:
-                look = {"marker": "."} if held_out else {"alpha": 0.4 if len(lines) > 1 else 0.8, "lw": 1}
+                look = {"alpha": 0.4 if len(lines) > 1 else 0.8, "lw": 1, "marker": "" if len(x) > 1 else "_"}
+                look = {"marker": "."} if held_out else look
                 axis.plot(x, y, color=colors[label], **look)
         decorate(axis, panel, runs[0][panel.stage].end if len(runs) == 1 else {})
     return figure
