@@ -1,0 +1,291 @@
+"""tools.doctor: each illness has its cause, a healthy case none; the first one is the verdict."""
+import json
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import BYTES, CPU, PPO, ROOT, SIZES, jsonl, make_data, tiny_gpt
+
+import ppo
+import train_rm
+import train_sft
+from lib.checkpoint import save
+from model import RewardModel
+from tools import doctor
+from tools import doctor_files as files
+from tools.doctor_files import Finding, Log
+
+
+def causes(findings):
+    return [finding.cause for finding in findings if finding.ill]
+
+
+# ---- data ----
+
+THINGS = [f"thing{i}" for i in range(40)]
+
+
+def pairs_of_texts(n, seed, wrong=False):
+    rng = random.Random(seed)
+    made = [(f"Tell me of {thing} now", f"The {thing} is {rng.random()}")
+            for thing in (rng.choice(THINGS) for _ in range(n))]
+    prompts = [prompt for prompt, _ in made]
+    return [(p, text) for p, (_, text) in zip(prompts[1:] + prompts[:1], made, strict=True)] if wrong else made
+
+
+TRAIN, VAL = pairs_of_texts(200, 1), pairs_of_texts(100, 2)
+
+
+@pytest.mark.parametrize("train, val, expected", [
+    (TRAIN, VAL, []),
+    (TRAIN[:99], VAL, ["too few demonstrations"]),
+    (TRAIN[:99] * 50, VAL, ["too few demonstrations"]),
+    (TRAIN + [("p", "\ufffd" * 9 + str(i)) for i in range(3)], VAL, ["broken characters"]),
+    (TRAIN + [("p", f"\x1b[{i}m") for i in range(3)], VAL, ["broken characters"]),
+    (TRAIN, VAL[:70] + TRAIN[:30], ["held-out texts in the training data"]),
+    (pairs_of_texts(200, 1, wrong=True), VAL, ["responses beside the wrong prompts"]),
+    (pairs_of_texts(200, 1, wrong=True), pairs_of_texts(100, 2, wrong=True), [])])  # so it is everywhere
+def test_texts(train, val, expected):
+    assert causes(files.text_findings("sft", train, val)) == expected
+
+
+def test_few_texts_are_an_illness_of_demonstrations_only():
+    assert causes(files.text_findings("preferences", TRAIN[:50], VAL)) == []
+
+
+def ranking(better, worse):
+    return "p", [better, worse], [0, 1], None, None
+
+
+EVEN = [ranking("a" * (5 + i % 3), "b" * (4 + i % 5)) for i in range(30)]
+
+
+@pytest.mark.parametrize("train, expected", [
+    (EVEN, []),
+    ([ranking("a" * (9 + i), "b" * i) for i in range(1, 30)],
+     ["the preferences only say that longer is better"]),
+    ([*EVEN, ranking("x", "y"), ranking("y", "x")], ["contradictory preferences"]),
+    ([*EVEN, ("p", ["x", "y"], [3, 3], None, None)], [])])
+def test_pairs(train, expected):
+    assert causes(files.pair_findings(train)) == expected
+
+
+def test_a_file_that_cannot_be_read_is_a_finding(tmp_path):
+    make_data(tmp_path, n=200)
+    assert causes(f for _, f in files.folder_findings(tmp_path)) == []
+    (tmp_path / "preferences.jsonl").write_text('{"prompt": "x"}\n')
+    found = [(stage, f) for stage, f in files.folder_findings(tmp_path) if f.ill]
+    assert [(stage, f.cause) for stage, f in found] == [("rm", "a file can't be read")]
+    assert "preferences.jsonl:1" in found[0][1].text
+
+
+# ---- reward model ----
+
+@pytest.mark.parametrize("own, gap, expected", [
+    ([1.0] * 90 + [-0.1] * 10, [2.0] * 85 + [-0.1] * 15, []),
+    ([1.0] * 90 + [-1.0] * 10, [-1.0] * 90 + [1.0] * 10, "the labels are reversed"),
+    ([1.0] * 60 + [-1.0] * 40, [2.0] * 85 + [-0.1] * 15, "noisy labels"),
+    ([1.0] * 99 + [-1.0], [2.0] * 70 + [-0.1] * 30, "overfit"),
+    ([1.0] * 68 + [-1.0] * 32, [1.0, 1.0, -1.0] * 40, "noisy labels"),
+    ([1.0] * 50 + [-1.0] * 50, [1.0, -1.0] * 50, "it has learned nothing")])
+def test_accuracies(own, gap, expected):
+    found = causes(doctor.accuracies(torch.tensor(own), torch.tensor(gap), 1000))
+    assert found[:1] == ([expected] if expected else [])
+
+
+class Reader:
+    """A case whose reward model is a function of the text."""
+
+    def __init__(self, score, prompts=("p:",), rank=None, world=None):
+        self.score, self.tokenizer, self.world = score, BYTES, world
+        self.rm, self.gpt = SimpleNamespace(room=64), tiny_gpt(vocab_size=BYTES.vocab_size)
+        rng = random.Random(0)
+        rank = rank or (lambda prompt, text: -score(prompt + text))
+        def example(i):
+            prompt = rng.choice(prompts)
+            texts = ["".join(rng.choice("abcd") for _ in range(rng.randint(1, 9))) + prompt[:-1] * (k % 2)
+                     for k in range(2)]
+            return prompt, texts, [rank(prompt, text) for text in texts], None, None
+        self.data = {name: ([example(i) for i in range(200)], [example(i) for i in range(100)])
+                     for name in ("preferences",)}
+        self.device = CPU
+
+    def scores(self, rows):
+        return torch.tensor([float(self.score(BYTES.decode(row))) for row in rows])
+
+    gaps, respond = doctor.Case.gaps, doctor.Case.respond
+
+
+def test_a_reward_model_that_reads_text_is_healthy():
+    def share(text):
+        return (text.count("a") - text.count("b")) / len(text)
+
+    assert causes(doctor.rm_findings(Reader(share))) == []
+
+
+def test_one_that_reads_the_length_only():
+    assert "it reads the length only" in causes(doctor.rm_findings(Reader(len)))
+
+
+def test_one_that_likes_repetition_or_nothing():
+    found = causes(doctor.rm_findings(Reader(lambda text: text.count("a"))))
+    assert "repeated texts score higher" in found
+    found = causes(doctor.rm_findings(Reader(lambda text: -text.count("b"))))
+    assert any("texts score higher" in cause for cause in found)
+
+
+def test_one_that_does_not_read_the_prompt():
+    """The better response has the prompt's word; the score sees it only beside its own prompt, or always."""
+    prompts = [f"{a}{b}:" for a in "mnopqr" for b in "mnopqr"]
+
+    def asked(prompt, text):
+        return -(prompt[:-1] in text)
+
+    def reads(text):
+        prompt, _, response = text.partition(":")
+        return (prompt in response) + 0.01 * response.count("a")
+
+    def blind(text):
+        return any(c in text.partition(":")[2] for c in "mnopqr")
+
+    def case(score):
+        made = Reader(score, prompts, asked)
+        for some in made.data["preferences"]:  # words, so that `closer` sees them
+            some[:] = [(p.replace(":", " :"), [t[:-2] + " " + t[-2:] for t in texts], ranks, *more)
+                       for p, texts, ranks, *more in some if len(set(ranks)) > 1]
+        return made
+
+    cause = "the prompt is not read"
+    assert cause in causes(doctor.rm_findings(case(blind)))
+    assert cause not in causes(doctor.rm_findings(case(lambda text: reads(text.replace(" ", "")))))
+
+
+def test_gold_shows_labels_that_are_reversed_everywhere():
+    def count(text):
+        return text.count("a")
+
+    for sign, expected in ((1, []), (-1, ["the labels are reversed"])):
+        world = SimpleNamespace(gold_score=lambda prompt, text, sign=sign: float(sign * count(prompt + text)))
+        case = Reader(count, world=world)
+        assert causes(doctor.best_of(case)) == expected
+
+
+# ---- SFT ----
+
+def sft_case(tmp_path, **flags):
+    make_data(tmp_path / "data", n=200)
+    train_sft.main(config(train_sft, tmp_path, **SIZES | {"epochs": 3.0} | flags))
+    logs = {"sft": files.read_log(tmp_path / "out", "sft")}
+    return list(doctor.examine(tmp_path / "out", tmp_path / "data", None, logs, CPU))
+
+
+def config(script, tmp_path, **flags):
+    cfg = script.Config(**{"data": str(tmp_path / "data"), "out": str(tmp_path / "out")} | flags)
+    cfg.given = set(flags)
+    return cfg
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, expected", [
+    ({"epochs": 0.1}, "too few steps"), ({"epochs": 0.1, "lr": 0.5}, "the learning rate is too high")])
+def test_sft_that_has_learned_too_little(tmp_path, flags, expected):
+    found = [f for stage, f in sft_case(tmp_path, **flags) if stage == "sft"]
+    assert causes(found)[0] == expected
+
+
+def test_the_prompt_that_is_ignored_and_responses_that_do_not_end(tmp_path):
+    """An untrained network ends and reads nothing; one that copies its prompt does both."""
+    gpt = tiny_gpt(vocab_size=BYTES.vocab_size)
+    make_data(tmp_path, n=200)
+    data, _ = files.read_data(tmp_path)
+    found = causes(doctor.sft_findings(doctor.Case(gpt, None, BYTES, data, None, CPU), None))
+    assert "responses do not end" in found
+
+
+# ---- PPO ----
+
+def ppo_log(updates=30, config=(), held=(), **columns):
+    """A healthy log; a column is (at first, at last)."""
+    healthy = {"score": (0.0, 1.5), "kl": (0.0, 6.0), "entropy": (0.7, 0.4), "eos": (1.0, 1.0),
+               "explained": (-1.0, 0.8), "value_loss": (0.5, 0.04), "update_kl": (0.001, 0.01),
+               "clipped": (0.01, 0.01)} | columns
+    steps = [{"step": i + 1} | {name: a if i == 0 else b for name, (a, b) in healthy.items()}
+             for i in range(updates)]
+    cfg = SimpleNamespace(**{"no_eos_score": -1.0, "update_kl": 0.05} | dict(config))
+    return Log(cfg, steps, [{"update": 10 * i, "gold": x} for i, x in enumerate(held)])
+
+
+@pytest.mark.parametrize("log, expected", [
+    (ppo_log(), []),
+    (ppo_log(value_loss=(900.0, 50.0)), "scores are far from a standard deviation of 1"),
+    (ppo_log(eos=(1.0, 0.1), config={"no_eos_score": 5.0}), "a missing end pays"),
+    (ppo_log(eos=(1.0, 0.1)), []),
+    (ppo_log(update_kl=(0.001, 0.1)), "the learning rate is too high"),
+    (ppo_log(explained=(-1.0, None)), "the critic does not learn"),
+    (ppo_log(explained=(-1.0, -0.3), updates=10), []),
+    (ppo_log(kl=(0.0, 30.0)), "over-optimisation"),
+    (ppo_log(held=(0.4, 0.8, 0.6)), "over-optimisation"),
+    (ppo_log(held=(0.4, 0.8, 0.6, 0.79)), []),
+    (ppo_log(kl=(0.0, -2.0)), "the KL is negative"),
+    (ppo_log(score=(0.0, 0.0), kl=(0.0, 0.1)), "the policy hardly moves"),
+    (ppo_log(score=(0.0, -0.5)), "the score does not rise"),
+    (ppo_log(entropy=(0.7, 0.01)), "the policy repeats itself")])
+def test_ppo(log, expected, tmp_path):
+    assert causes(files.ppo_findings(log, tmp_path)) == ([expected] if expected else [])
+
+
+# ---- the program ----
+
+def run(*args):
+    return subprocess.run([sys.executable, "-m", "tools.doctor", "--device", "cpu", *map(str, args)], cwd=ROOT,
+                          capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_whole_run_and_a_part_of_one(tmp_path):
+    make_data(tmp_path / "data", n=120)
+    train_sft.main(config(train_sft, tmp_path, **SIZES, epochs=2.0))
+    out = tmp_path / "out"
+    done = run("--out", out)
+    assert done.returncode == 0 and "SFT" in done.stdout and "PPO" not in done.stdout, done.stderr
+    train_rm.main(config(train_rm, tmp_path, epochs=1.0, max_new_tokens=8, device="cpu"))
+    ppo.main(config(ppo, tmp_path, **PPO))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = run("--out", out)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("verdict: "), done.stderr
+    assert [line for line in done.stdout.splitlines() if line in doctor.TITLES.values()] == [*doctor.TITLES.values()]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    log = out / "ppo.log.jsonl"
+    (out / "ppo.state.jsonl").write_text(log.read_text()[:-20])  # of a run that goes on
+    assert run("--out", out).returncode == 0
+    (out / "ppo.state.jsonl").write_text("[1, 2]\n{}\n")
+    done = run("--out", out)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "ppo.state.jsonl" in done.stderr
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--out", "nowhere"], "nowhere: neither sft.log.jsonl"), (["--data", "nowhere"], "nowhere: no such folder")])
+def test_what_is_not_there_is_one_sentence(args, says):
+    done = run(*args)
+    assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_first_illness_is_the_verdict(capsys):
+    found = [("sft", Finding("a")), ("rm", Finding("b", True, "first", "x")), ("ppo", Finding("c", True, "second", "y"))]
+    assert doctor.show(found) == ("rm", found[1][1])
+    assert capsys.readouterr().out == ("SFT\n  ok   a\nreward model\n  ILL  b: first\nPPO\n  ILL  c: second\n")
+    assert not doctor.show(found[:1])
+
+
+def test_the_newest_log_counts(tmp_path):
+    for name, step in (("sft.log.jsonl", 9), ("sft.state.jsonl", 3)):
+        jsonl(tmp_path / name, [{"config": {"lr": 1.0}}, {"step": step}, {"report": {"x": 1}}])
+    assert files.read_log(tmp_path, "sft").steps == [{"step": 3}]
+    jsonl(tmp_path / "sft.state.jsonl", [{"config": {"lr": 1.0}}])  # has taken no step
+    assert files.read_log(tmp_path, "sft").steps == [{"step": 9}]
+    assert files.read_log(tmp_path, "rm") is None
+    assert json.loads(json.dumps(files.read_log(tmp_path, "sft").reports)) == [{"x": 1}]
+    save(tmp_path / "rm.pt", RewardModel.from_gpt(tiny_gpt(vocab_size=BYTES.vocab_size)), BYTES)

@@ -1,0 +1,262 @@
+"""Doctor: which stage of a run is ill, why, and what to change. It trains nothing.
+
+    python -m tools.doctor --out out              # a run: finished or not, of one stage, two, or three
+    python -m tools.doctor --data my_folder       # the data alone, before anything is trained
+
+One line a finding, in the order of the stages. The last line names the first stage that is ill and, in it,
+the first cause, since what comes later may only follow from it.
+"""
+import argparse
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from data import rules
+from data.examples import encode_demonstrations, encode_prompts, encode_rankings, open_data, pad
+from data.files import UserError
+from lib.baselines import ngram_losses
+from lib.checkpoint import load, load_tokenizer
+from lib.fast import prepare
+from lib.flags import one_sentence, pick_device
+from lib.generate import generate
+from lib.output import make_harmless
+from lib.report import accuracy, calibration_error, distinct_2, half_width, held_out_pairs
+from lib.rewards import score_rows
+from lib.start import spread
+from model import GPT, RewardModel
+from tools import doctor_files as files
+from tools.doctor_files import LIMITS, Finding
+from train_sft import evaluate
+
+BUDGET = 16_384  # tokens in a forward pass
+SOME = 400  # examples of each file that a network reads, at most
+PROMPTS, N = 64, 16  # held-out prompts that are answered; half of them N times
+TITLES = {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}
+
+
+class Case(NamedTuple):
+    """What is examined."""
+
+    gpt: GPT | None
+    rm: RewardModel | None
+    tokenizer: object
+    data: dict  # of read_data
+    world: object  # that knows the true scores, or None
+    device: torch.device
+
+    def scores(self, rows):
+        return score_rows(self.rm, rows, BUDGET, self.device)
+
+    def gaps(self, groups):
+        """better - worse (N,) of all pairs, and the scores (M,) of all responses."""
+        scores = self.scores([row for group in groups for row in group.rows])
+        return held_out_pairs(groups, scores, None)[0], scores
+
+    @torch.inference_mode()
+    def respond(self, n, each=1):
+        """Responses of the SFT model to n held-out prompts, `each` to every one: prompts, responses, and
+        the tokens of both."""
+        name = next(name for name in ("prompts", "sft", "preferences") if name in self.data)
+        asked = [x if name == "prompts" else x[0] for x in self.data[name][1][:n] for _ in range(each)]
+        room, eos = self.gpt.config.block_size, self.tokenizer.eos
+        prompts = encode_prompts(asked, self.tokenizer, room // 2, "prompts")
+        tokens, P = pad(prompts, self.device)
+        tokens, lengths = generate(self.gpt.eval(), tokens, P, room - tokens.shape[1], eos=eos,
+                                   generator=torch.Generator(self.device).manual_seed(0))
+        rows = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        return asked, [self.tokenizer.decode(row[p:]) for row, p in zip(rows, P.tolist(), strict=True)], rows
+
+
+# ---- SFT ----
+
+def sft_findings(case, log):
+    gpt, (train, val) = case.gpt, case.data["sft"]
+    room = gpt.config.block_size
+    rows, held = (encode_demonstrations(spread(some)[:SOME], case.tokenizer, room, name)
+                  for some, name in ((train, "sft.jsonl"), (val, "sft_val.jsonl")))
+    loss, own = (evaluate(gpt, some, BUDGET, case.device) for some in (held, rows))
+    if log:
+        yield from learned(gpt, rows, len(train), log, loss)
+    yield Finding(f"loss {loss:.3f} nats a token on held-out texts, {own:.3f} on training texts",
+                  loss > LIMITS["overfit"] * own, "overfit", "more demonstrations, or fewer --epochs")
+    others = [(b[:P] + a[p:], P) for (a, p), (b, P) in neighbours(held) if P + len(a) - p <= room]
+    if others and len({tuple(row[:P]) for row, P in held}) > 1:
+        costs = evaluate(gpt, others, BUDGET, case.device) - loss
+        yield Finding(f"the prompt of another example costs {costs:.3f} nats a token",
+                      costs < LIMITS["prompt"], "the prompt is ignored",
+                      "check that each completion in sft.jsonl answers its prompt")
+    _, texts, responses = case.respond(PROMPTS)
+    ended = fmean(row[-1] == case.tokenizer.eos for row in responses)
+    yield Finding(f"{ended:.0%} of the responses end", ended < LIMITS["ends"],
+                  "responses do not end", "the loss must include end-of-text, texts fit into --block-size")
+    varied, usual = distinct_2(texts), distinct_2([text for _, text in spread(train)[: len(texts)]])
+    yield Finding(f"distinct_2 of the responses {varied:.2f}, of as many demonstrations {usual:.2f}",
+                  varied < LIMITS["alike"] * usual, "all responses are alike",
+                  "more demonstrations, or another --lr")
+    demonstrated = {text.strip() for _, text in train}
+    copied = fmean(text.strip() in demonstrated for text in texts)
+    yield Finding(f"{copied:.0%} of the responses are copies of demonstrations")
+
+
+def neighbours(items):
+    """(item, next item), the first one following the last."""
+    return zip(items, items[1:] + items[:1], strict=True)
+
+
+def learned(gpt, rows, n, log, loss):
+    """The loss beside that of counts; if it is behind, the likelier of two causes. rows: some of the n
+    demonstrations."""
+    report = next((report for report in log.reports if "bigram_loss" in report), None)
+    bigram = report["bigram_loss"] if report else ngram_losses(rows, rows, gpt.config.vocab_size)[1]
+    cfg, tokens = log.config, sum(len(row) for row, _ in rows) * n // len(rows)
+    size = sum(p.numel() for p in gpt.parameters())
+    rate = rules.sft(tokens, size, gpt.config.d_model, cfg.init, cfg.epochs)["lr"]
+    behind = loss > bigram + LIMITS["behind"]
+    yield Finding(f"counts of token pairs have a loss of {bigram:.3f}; --lr {cfg.lr:.2g}, by rule {rate:.2g}",
+                  behind and cfg.lr > LIMITS["rate"] * rate, "the learning rate is too high", "lower --lr")
+    yield Finding(f"{log.steps[-1]['step']} steps", behind, "too few steps", "raise --epochs")
+
+
+# ---- reward model ----
+
+def rm_findings(case):
+    train, val = case.data["preferences"]
+    groups, held = (encode_rankings(spread(some)[:SOME], case.tokenizer, case.rm.room, name)
+                    for some, name in ((train, "preferences.jsonl"), (val, "preferences_val.jsonl")))
+    (own, _), (gap, scores) = case.gaps(groups), case.gaps(held)
+    yield from accuracies(own, gap, len(scores))
+    lengths = torch.tensor([float(len(row)) for group in held for row in group.rows])
+    along = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item()
+    yield Finding(f"correlation of score and length {along:+.2f}", abs(along) > LIMITS["length"],
+                  "it reads the length only", "collect pairs of like length")
+    others = [a._replace(rows=[b.prompt + row[len(a.prompt) :] for row in a.rows])
+              for a, b in neighbours(held)]
+    others = [group for group in others if max(map(len, group.rows)) <= case.rm.room]
+    if others and files.related(files.texts_of("preferences", val)):
+        right, swapped = (accuracy(gaps).mean().item() for gaps in (gap, case.gaps(others)[0]))
+        yield Finding(f"accuracy {swapped:.1%} with the prompts of other examples",
+                      right - swapped < LIMITS["reads"] * (right - 0.5), "the prompt is not read",
+                      "check that each line of preferences.jsonl has its own prompt")
+    yield spoilt(case, held)
+    yield from best_of(case)
+
+
+def accuracies(own, gap, texts):
+    """own, gap: better - worse of training and of held-out pairs; the latter are of so many texts."""
+    right, known = accuracy(gap).mean().item(), accuracy(own).mean().item()
+    half, loss = half_width(right, len(gap), texts), -F.logsigmoid(gap).mean()
+    yield Finding(f"accuracy {right:.1%} +- {half:.1%} on held-out pairs", right + half < 0.5,
+                  "the labels are reversed", "exchange chosen and rejected in preferences.jsonl")
+    yield Finding(f"accuracy {known:.1%} on training pairs", known < right - LIMITS["noisier"],
+                  "noisy labels", "many labels of preferences.jsonl are wrong: clean them")
+    yield Finding(f"loss {loss:.3f} nats on held-out pairs; calibration error {calibration_error(gap):.3f}",
+                  known > right + LIMITS["by heart"], "overfit",
+                  "more pairs, fewer --epochs, or more --dropout")
+    sure = accuracy(gap[gap.abs().argsort()[-len(gap) // 4 :]]).mean().item()
+    yield Finding(f"{sure:.1%} of the quarter with the largest margins are right", sure < LIMITS["sure"],
+                  *(("noisy labels", "many labels say the opposite: clean them") if right - half > 0.5 else
+                    ("it has learned nothing", "more pairs, more --epochs, or another --lr")))
+
+
+def spoilt(case, held):
+    """What the best responses score when they are spoilt."""
+    generator, means = torch.Generator().manual_seed(0), {}
+    best = [(group.prompt, group.rows[group.ranks.index(min(group.ranks))]) for group in held]
+    for name, change in (("as they are", lambda x: x), ("repeated", lambda x: x + x), ("empty", lambda x: []),
+                         ("cut off", lambda x: x[: len(x) // 2]),
+                         ("shuffled", lambda x: [x[i] for i in torch.randperm(len(x), generator=generator)])):
+        rows = [prompt + change(row[len(prompt) : -1]) + [case.tokenizer.eos] for prompt, row in best]
+        rows = [row for row in rows if len(row) <= case.rm.room]
+        means |= {name: case.scores(rows).mean().item()} if rows else {}
+    top = max(means, key=means.get)
+    shown = ", ".join(f"{name} {x:+.2f}" for name, x in means.items())
+    return Finding(f"mean score of the best responses: {shown}",
+                   means[top] > means.get("as they are", 0.0) + LIMITS["spoilt"],
+                   f"{top} texts score higher", "add such texts as rejected ones")
+
+
+def best_of(case):
+    """How far the best of N samples is ahead of their mean; how much of them was never in training."""
+    asked, texts, rows = case.respond(PROMPTS // 2, N)
+    score, gain = case.scores([row[: case.rm.room] for row in rows]).view(-1, N), 0.0
+    lift = f"the best of {N} samples has {(score.max(1).values - score.mean(1)).mean():+.2f} score"
+    if case.world:
+        gold = torch.tensor([*map(case.world.gold_score, asked, texts)]).view(-1, N)
+        gain = (gold.gather(1, score.argmax(1, True))[:, 0] - gold.mean(1)).mean().item()
+        lift += f" and {gain:+.2f} gold"
+    yield Finding(lift + " against their mean", gain < 0, "the labels are reversed",
+                  "exchange chosen and rejected: what it likes best is worse than most")
+    known = files.texts_of("preferences", case.data["preferences"][0])
+    seen = {pair for _, text in known for pair in files.word_pairs(text)}
+    new = [pair not in seen for text in texts for pair in files.word_pairs(text)]
+    yield Finding(f"{fmean(new or [0]):.0%} of the word pairs in those samples were never in its training")
+
+
+# ---- all of it ----
+
+def examine(out, folder, world, logs, device):
+    """Yields (stage, Finding), in order."""
+    def found(kind, name, stages):
+        """(model, path) of the checkpoint that the latest of the stages started from, or made."""
+        paths = [Path(getattr(logs[stage].config, name, "") or out / f"{name}.pt") for stage in stages
+                 if stage in logs]
+        path = next((path for path in paths if path.exists()), None)
+        return path and prepare(load(kind, path), device), path
+
+    (gpt, path), (rm, _) = found(GPT, "sft", ("ppo", "rm", "sft")), found(RewardModel, "rm", ("ppo", "rm"))
+    cfg = next(iter(logs.values())).config
+    data, trouble = files.read_data(folder, cfg.skip_bad, cfg.val_fraction)
+    case = Case(gpt, rm, path and load_tokenizer(path), data, world, device)
+    looks = {"sft": lambda: sft_findings(case, logs.get("sft")) if gpt and "sft" in data else (),
+             "rm": lambda: rm_findings(case) if gpt and rm and "preferences" in data else (),
+             "ppo": lambda: files.ppo_findings(logs["ppo"], out)}
+    for stage, name in files.NAMES.items():
+        if stage in logs:
+            yield from ((stage, finding) for finding in files.data_findings(data, trouble, name))
+            yield from ((stage, finding) for finding in looks[stage]())
+
+
+def show(found):
+    """Print (stage, Finding)s as they come; returns the first that is an illness, or None."""
+    first = shown = None
+    for stage, finding in found:
+        if stage != shown:
+            print(TITLES[stage])
+        shown = stage
+        print(f"  ILL  {finding.text}: {finding.cause}" if finding.ill else f"  ok   {finding.text}",
+              flush=True)
+        first = first or (finding.ill and (stage, finding))
+    return first
+
+
+def main(args):
+    device = pick_device(args.device)
+    logs = {stage: log for stage in TITLES if args.out and (log := files.read_log(args.out, stage))}
+    if args.out and not logs:
+        raise UserError(f"{args.out}: neither sft.log.jsonl nor rm.log.jsonl nor ppo.log.jsonl is there")
+    folder, world = open_data(args.data or next(iter(logs.values())).config.data)
+    ill = show(examine(args.out, folder, world, logs, device) if logs else files.folder_findings(folder))
+    print("verdict: " + (f"{TITLES[ill[0]]} is ill: {ill[1].cause}. What to do: {ill[1].change}" if ill else
+                         "nothing is ill"))
+
+
+def read_args():
+    parser = argparse.ArgumentParser(prog="python -m tools.doctor", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the folder of a run")
+    parser.add_argument("--data", help="a folder of data (default: the one that the run was trained on)")
+    parser.add_argument("--device", default="auto", help='"cuda", "mps" or "cpu"')
+    args = parser.parse_args()
+    if not (args.out or args.data):
+        parser.error("give --out, --data, or both")
+    return args
+
+
+if __name__ == "__main__":
+    make_harmless()
+    arguments = read_args()
+    with one_sentence("tools.doctor", "Try --device cpu"):
+        main(arguments)

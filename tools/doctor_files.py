@@ -1,0 +1,218 @@
+"""What the doctor finds in files, without a network: the limits, the data, the log of PPO."""
+import json
+from collections import Counter
+from statistics import fmean
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from data.files import UserError
+from data.records import read_preferences, read_prompts, read_responses, read_sft
+from data.split import read_split
+from lib.baselines import words
+from lib.output import CONTROL
+from lib.start import spread
+
+# Beyond these a number is an illness. They lie between what healthy runs and those of runs/doctor.py show
+# (docs/results.md has both), but for the ones that say where they come from.
+LIMITS = {
+    "demonstrations": 100,  # different ones
+    "broken": 0.01,  # share of texts with control or replacement characters
+    "leaked": 0.2,  # share of held-out texts that are training texts, too
+    "both ways": 0.05,  # share of different pairs that are there in both orders
+    "beside": (0.6, 0.55),  # share of responses closer to their own prompt: held out, training; by chance 0.5
+    "longer": 0.95,  # share of pairs whose better response is the longer one
+    "behind": 0.1,  # nats between the network and counts of token pairs
+    "rate": 5,  # times the learning rate by rule
+    "overfit": 1.6,  # held-out loss over training loss of the SFT model
+    "prompt": 0.02,  # nats that the prompt of another example costs
+    "ends": 0.5,  # share of responses; in PPO of those that ended at first
+    "alike": 0.5,  # distinct_2 of responses over that of demonstrations
+    "noisier": 0.1,  # accuracy that training pairs lack to held-out pairs
+    "by heart": 0.2,  # accuracy that held-out pairs lack to training pairs
+    "sure": 0.8,  # accuracy on the quarter of the pairs with the largest margins
+    "length": 0.9,  # correlation of score and length
+    "reads": 0.1,  # share of the accuracy above 1/2 that is lost with other prompts
+    "spoilt": 0.25,  # sd of score
+    "value loss": 5.0,  # of scores with sd 1 it is 1/2 for a critic that knows nothing
+    "stopped": 0.5,  # share of updates
+    "explained": 0.1,  # variance
+    "KL": 20.0,  # nats a response: --kl-budget and a quarter
+    "fallen": 0.1,  # gold or judge (in sd) below its best so far
+    "negative": -0.5,  # nats a response
+    "gain": 0.05,  # sd of score in 20 updates or more
+    "entropy": 0.1,  # of that at first; lib/report.py warns at the same
+}
+
+
+NAMES = {"sft": "sft", "rm": "preferences", "ppo": "prompts"}  # the file of each stage
+
+
+class Finding(NamedTuple):
+    """A line to print; if it is an illness, its cause and what to change."""
+
+    text: str
+    ill: bool = False
+    cause: str = ""
+    change: str = ""
+
+
+def read_data(folder, skip_bad=False, val_fraction=0.0):
+    """{"sft": (training, held out), ...} of the files that are there; {name: Finding} of the unreadable."""
+    found, trouble = {}, {}
+    for name, read in (("sft", read_sft), ("preferences", read_preferences), ("prompts", read_prompts)):
+        path = folder / f"{name}.jsonl"
+        share = 0 if path.with_name(f"{name}_val.jsonl").exists() else val_fraction or 0.05
+        try:
+            if path.exists():
+                found[name] = read_split(read, path, SimpleNamespace(skip_bad=skip_bad, val_fraction=share))
+        except UserError as error:
+            trouble[name] = Finding(str(error), True, "a file can't be read", "repair it, or give --skip-bad")
+    return found, trouble
+
+
+def folder_findings(folder):
+    """Yields (stage, Finding) of a folder of data alone."""
+    data, trouble = read_data(folder)
+    if not data and not trouble:
+        raise UserError(f"{folder}: neither sft.jsonl nor preferences.jsonl nor prompts.jsonl is there")
+    for stage, name in NAMES.items():
+        yield from ((stage, finding) for finding in data_findings(data, trouble, name))
+
+
+def data_findings(data, trouble, name):
+    """Of sft.jsonl, preferences.jsonl or prompts.jsonl, whatever is there."""
+    if name in trouble:
+        yield trouble[name]
+    if name in data and name != "prompts":
+        train, val = data[name]
+        yield from text_findings(name, texts_of(name, train), texts_of(name, val))
+        if name == "preferences":
+            yield from pair_findings(train)
+
+
+def texts_of(name, examples):
+    """[(prompt, response)]"""
+    return ([tuple(example) for example in examples] if name == "sft" else
+            [(prompt, text) for prompt, texts, *_ in examples for text in texts])
+
+
+def word_pairs(text):
+    """Its pairs of neighbouring words."""
+    return zip(text.split(), text.split()[1:], strict=False)
+
+
+def closer(texts):
+    """Of (prompt, response)s the share that have rarer words in common with their own prompt than with the
+    next one's, ties counting half: 1/2 if the two have nothing to do with one another."""
+    texts = spread([(words(prompt), words(response)) for prompt, response in texts])
+    often = Counter(word for prompt, _ in texts for word in prompt)
+    gaps = [sum((1 / often[word]) * ((word in prompt) - (word in other)) for word in response & (prompt | other))
+            for (prompt, response), (other, _) in zip(texts, texts[1:] + texts[:1], strict=True)]
+    return fmean((gap > 1e-9) + 0.5 * (abs(gap) <= 1e-9) for gap in gaps)
+
+
+def related(texts):
+    """Whether prompts and responses have to do with one another, as far as shared words tell."""
+    return closer(texts) > LIMITS["beside"][0]
+
+
+def text_findings(name, train, val):
+    """train, val: [(prompt, response)] of NAME.jsonl and NAME_val.jsonl."""
+    different, lengths = set(train), sorted(len(prompt + response) for prompt, response in train)
+    yield Finding(f"{name}.jsonl: {len(different)} different texts of {len(train)}, {len(val)} held out; "
+                  f"99.5% have at most {lengths[int(0.995 * (len(lengths) - 1))]} characters",
+                  name == "sft" and len(different) < LIMITS["demonstrations"],
+                  "too few demonstrations", "write more of them")
+    broken = fmean(bool(CONTROL.search(text) or "\ufffd" in text) for text in map("".join, different))
+    yield Finding(f"{broken:.1%} of the texts have control or replacement characters",
+                  broken > LIMITS["broken"], "broken characters", "write the file as UTF-8 again")
+    leaked = fmean(text in different for text in val)
+    yield Finding(f"{leaked:.1%} of the held-out texts are training texts, too", leaked > LIMITS["leaked"],
+                  "held-out texts in the training data", f"take them out of {name}.jsonl")
+    share = closer(train)
+    yield Finding(f"{share:.0%} of the responses are closer to their own prompt than to another",
+                  share < LIMITS["beside"][1] and related(val), "responses beside the wrong prompts",
+                  f"pair prompts and responses in {name}.jsonl again: held-out ones belong together")
+
+
+def pair_findings(train):
+    """Of the rankings in preferences.jsonl."""
+    pairs = Counter((prompt, a, b) for prompt, texts, ranks, *_ in train
+                    for a, i in zip(texts, ranks, strict=True) for b, j in zip(texts, ranks, strict=True)
+                    if i < j)
+    twice = fmean((prompt, b, a) in pairs for prompt, a, b in pairs)
+    yield Finding(f"{sum(pairs.values())} pairs, {len(pairs)} different ones, {twice:.1%} in both orders",
+                  twice > LIMITS["both ways"], "contradictory preferences",
+                  "drop the pairs that are there in both orders, as data.prepare does")
+    longer = fmean((len(a) > len(b)) + 0.5 * (len(a) == len(b)) for _, a, b in pairs)
+    yield Finding(f"the better response is the longer one in {longer:.1%} of the pairs",
+                  longer > LIMITS["longer"], "the preferences only say that longer is better",
+                  "collect pairs of like length")
+
+
+# ---- logs ----
+
+class Log(NamedTuple):
+    config: SimpleNamespace
+    steps: list  # lines of the log with a "step"
+    reports: list
+
+
+def read_log(out, stage):
+    """The Log of a stage, of the unfinished run if there is one. None: it took no step."""
+    for path in (out / f"{stage}.state.jsonl", out / f"{stage}.log.jsonl"):
+        if path.exists():
+            whole = path.read_text(errors="replace").split("\n")[:-1]  # the last line may be half written
+            try:
+                first, *lines = map(json.loads, whole)
+                config = SimpleNamespace(**first["config"])
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{path} is no log of ours, or is damaged") from None
+            steps = [line for line in lines if "step" in line]
+            if steps:
+                return Log(config, steps, [line["report"] for line in lines if "report" in line])
+    return None
+
+
+def ppo_findings(log, out):
+    """Of the log in the folder `out`, and of ppo.samples.jsonl beside it."""
+    cfg, steps, first = log.config, log.steps, log.steps[0]
+    late = steps[-max(1, len(steps) // 4) :]
+    last = {name: fmean(line.get(name) or 0.0 for line in late) for name in first}
+    was = {name: f"{name} {x or 0.0:.3g} at first, {last[name]:.3g} at last" for name, x in first.items()}
+    yield Finding(was["value_loss"], last["value_loss"] > LIMITS["value loss"],
+                  "scores are far from a standard deviation of 1", "give --reward-scale first")
+    yield Finding(was["eos"] + f"; a missing end scores {cfg.no_eos_score:g}",
+                  last["eos"] < LIMITS["ends"] * first["eos"] and cfg.no_eos_score > first["score"],
+                  "a missing end pays", "lower --no-eos-score")
+    stops = fmean(line["update_kl"] > 1.5 * cfg.update_kl for line in steps)
+    yield Finding(f"{stops:.0%} of the updates were cut short by --update-kl; {was['clipped']}",
+                  stops > LIMITS["stopped"], "the learning rate is too high", "lower --lr")
+    yield Finding(was["explained"], len(steps) >= 15 and last["explained"] < LIMITS["explained"],
+                  "the critic does not learn", "raise --critic-lr")
+    yield kl_finding(log, was["kl"], last["kl"])
+    yield Finding(was["score"], len(steps) >= 20 and last["score"] - first["score"] < LIMITS["gain"],
+                  *(("the policy hardly moves", "raise --lr or lower --kl-coef") if abs(last["kl"]) < 0.5 else
+                    ("the score does not rise", "lower --lr")))
+    yield Finding(was["entropy"], last["entropy"] < LIMITS["entropy"] * first["entropy"],
+                  "the policy repeats itself", "raise --kl-coef or lower --lr")
+    if (path := out / "ppo.samples.jsonl").exists():
+        begins = {"SFT": Counter(), "PPO": Counter()}
+        for line, _, (response, *_), _ in read_responses(path):
+            begins[line["model"]][tuple(response.split()[:3])] += 1
+        yield Finding("the commonest first three words begin " + ", ".join(
+            f"{max(some.values()) / sum(some.values()):.0%} of {model}'s responses"
+            for model, some in begins.items() if some))
+
+
+def kl_finding(log, text, kl):
+    """The KL, and from which held-out report on the truth falls, where it is known."""
+    held = sorted((x for x in log.reports if "update" in x), key=lambda report: report["update"])
+    truth = next((name for name in ("gold", "judge") if held and name in held[-1]), None)
+    fallen = [report["update"] for i, report in enumerate(held) if truth and
+              report[truth] < max(past[truth] for past in held[: i + 1]) - LIMITS["fallen"]]
+    text += f"; {truth} has fallen at update {fallen[0]}" if fallen else ""
+    if kl < LIMITS["negative"]:
+        return Finding(text, True, "the KL is negative", "sample as the policy is scored: no top-k, no top-p")
+    over = kl > LIMITS["KL"] or bool(fallen) and fallen[-1] == held[-1]["update"]
+    return Finding(text, over, "over-optimisation", "raise --kl-coef, or take an earlier policy: ppo.best.pt")
