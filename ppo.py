@@ -54,6 +54,7 @@ class Config(Shared):
     show: int = bounded(4, 0)  # held-out texts printed at the end, before and after
     eval_prompts: int = 256  # held-out prompts that are answered, at most
     save_every: int = bounded(10, 0)  # updates between saved states, to resume from; 0: at the end only
+    save_critic: bool = True  # the critic as out/critic.pt; sample.py --tokens shows its values
     # rollout
     batch: int = 64  # prompts in a rollout
     max_new_tokens: int = None  # longest response
@@ -78,14 +79,10 @@ class Config(Shared):
 
 # ---- the mathematics: pure functions on (B,T-1) ----
 
-def whiten(x, mask, shift_mean=True):
-    """x with mean 0 and variance 1 under the mask (population variance), 0 elsewhere.
-
-    shift_mean=False leaves the mean where it is.
-    """
-    mean = masked_mean(x, mask)
-    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
-    return torch.where(mask, white if shift_mean else white + mean, 0.0)
+def whiten(x, mask):
+    """x with mean 0 and variance 1 under the mask (population variance), 0 elsewhere."""
+    x = x - masked_mean(x, mask)
+    return torch.where(mask, x * torch.rsqrt(masked_mean(x ** 2, mask) + 1e-8), 0.0)
 
 
 def gae(reward, value, mask, gamma, lam):
@@ -310,7 +307,7 @@ def main(cfg):
     before, after, *more = (in_units(result, models.score, cfg.no_eos_score) for result in results)
     chosen = report.best_of([before, *more])
     run.finish(policy, tokenizer, *report.last_reports(before, chosen, after, cfg.updates, models.score),
-               samples=report.samples(before, after), best=best)
+               samples=report.samples(before, after), best=best, critic=critic if cfg.save_critic else None)
     report.print_table(before, chosen, after, world, cfg.show)
     print(f"{units(models.score)}PPO done: {report.describe(report.means(after))}; {run.result}")
 

@@ -4,6 +4,7 @@
     python sample.py --ckpt out/sft.pt --reward out/rm.pt --best-of 16 "Tell a story about ..."
     python sample.py --ckpt out/ppo.pt            # no prompt: line by line
     python sample.py --ckpt out/ppo.pt --prompts my_folder/prompts_val.jsonl --to answers.jsonl
+    python sample.py --ckpt out/ppo.pt --tokens "Tell a story about ..."   # what each token did
 
 Without a prompt each line that is typed is one. Ctrl-C stops an answer; Ctrl-C at the prompt, Ctrl-D or an
 empty line ends the loop. A model that was trained on messages takes each line as a turn of the user and
@@ -28,6 +29,7 @@ from lib.memory import exhausted
 from lib.output import make_harmless
 from lib.rewards import load_reward_model
 from model import GPT
+from tools.tokens import encode, load_sources, show
 
 REMEDY = "Try a smaller --n, --best-of or --max-new-tokens"
 
@@ -46,8 +48,8 @@ def longest_prompt(gpt, rm, args):
 
 
 @torch.inference_mode()
-def respond(gpt, tokenizer, prompt, args, generator, rm=None):
-    """args.n responses to one prompt: tokens (n,T), lengths (n,), prompt length P."""
+def respond(gpt, tokenizer, prompt, args, generator, rm=None, chat=False):
+    """args.n responses to one prompt: tokens (n,T), lengths (n,), prompt length P; chat: one turn each."""
     row, room = encode_prompt(prompt, tokenizer), longest_prompt(gpt, rm, args)
     if len(row) > room:
         note(f"the prompt has {len(row)} tokens: truncated from the left to {room}")
@@ -56,7 +58,7 @@ def respond(gpt, tokenizer, prompt, args, generator, rm=None):
     new = min(gpt.config.block_size - len(row), args.max_new_tokens)
     tokens, lengths = generate(gpt, tokens, lengths, new, args.temperature, args.top_k, args.top_p,
                                tokenizer.eos, generator)
-    return tokens, lengths, len(row)
+    return *(one_turn(tokens, lengths, len(row), tokenizer) if chat else (tokens, lengths)), len(row)
 
 
 def score(rm, tokens, lengths):
@@ -68,9 +70,7 @@ def score(rm, tokens, lengths):
 def answers(prompt, gpt, rm, tokenizer, args, generator, chat=False):
     """The responses to one prompt, [(text, whether it ended, score)], best score first, and all scores; with
     --best-of only the best. chat: the prompt is a conversation, and a response is one turn of it."""
-    tokens, lengths, P = respond(gpt, tokenizer, prompt, args, generator, rm)
-    if chat:
-        tokens, lengths = one_turn(tokens, lengths, P, tokenizer)
+    tokens, lengths, P = respond(gpt, tokenizer, prompt, args, generator, rm, chat)
     scores = score(rm, tokens, lengths) if rm else torch.zeros(len(tokens))
     order = scores.argsort(descending=True).tolist() if rm else list(range(len(tokens)))
     return [(tokenizer.decode(tokens[i, P : lengths[i]].tolist()),
@@ -101,6 +101,17 @@ def answer_file(gpt, rm, tokenizer, args, generator, chat):
                      for text, ended, x in found]
     write(Path(args.to), rows, save=write_lines)
     print(f"{len(rows)} responses to {len(prompts)} prompts written to {args.to}")
+
+
+def show_tokens(prompt, sources, args, generator, chat):
+    """Print what each token did: of the responses that are given, or of one that is sampled."""
+    if args.given:
+        rows, P = encode(sources, prompt, args.given)
+    else:
+        made, lengths, P = respond(sources.policy, sources.tokenizer, prompt, args, generator, sources.rm,
+                                   chat)
+        rows = [made[0, : lengths[0]].tolist()]
+    show(sources, rows, P, args.html)
 
 
 # ---- conversations ----
@@ -194,6 +205,13 @@ def read_args():
                         help="sample from the likeliest tokens that make up this probability")
     parser.add_argument("--max-new-tokens", type=int, default=200,
                         help="longest response (default %(default)s)")
+    parser.add_argument("--tokens", action="store_true", help="show what each token of one response did")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--response", nargs=1, dest="given", metavar="TEXT",
+                       help="--tokens of this response; most begin with a space")
+    given.add_argument("--twins", nargs=2, dest="given", metavar=("A", "B"),
+                       help="--tokens of these two, and where they part")
+    parser.add_argument("--html", metavar="FILE", help="write --tokens as a page, too; must not exist")
     parser.add_argument("--seed", type=int, default=1, help="of the samples (default %(default)s)")
     parser.add_argument("--device", default="auto", help='"cuda", "mps" or "cpu"')
     return parser.parse_args()
@@ -203,8 +221,12 @@ def check(args):
     """Numbers that make no sense are the user's mistake, not a traceback."""
     if bool(args.prompts) != bool(args.to) or args.prompts and args.prompt is not None:
         raise UserError("--prompts FILE and --to FILE belong together, and take the place of a prompt")
-    if args.to and os.path.lexists(args.to):
-        raise UserError(f"{args.to} already exists; choose another name")
+    for path in filter(None, (args.to, args.html)):
+        if os.path.lexists(path):
+            raise UserError(f"{path} already exists; choose another name")
+    if ((args.prompt is None or args.n or args.best_of) if args.tokens else (args.given or args.html)):
+        raise UserError("--response, --twins and --html belong to --tokens, which takes one prompt on the "
+                        "command line, and neither --n nor --best-of")
     if args.best_of and not args.reward:
         raise UserError("--best-of needs a reward model: --reward out/rm.pt")
     if not (1 <= (args.n or 1) <= 10**6 and args.n != 0 and args.max_new_tokens >= 1
@@ -223,7 +245,7 @@ def main(args):
     device = pick_device(args.device)
     gpt, tokenizer, rm = load(GPT, args.ckpt), load_tokenizer(args.ckpt), None
     chat = takes_turns(gpt, args)
-    args.n = args.n or (1 if chat or args.prompts else 3)
+    args.n = args.n or (1 if chat or args.prompts or args.tokens else 3)
     if args.reward:
         rm = prepare(load_reward_model(args.reward, gpt, tokenizer), device)
     prepare(gpt, device)
@@ -237,6 +259,9 @@ def main(args):
     prompt = os.fsencode(args.prompt).decode(errors="replace")  # bytes that were no text
     if chat and not prompt.endswith(ANSWER):  # else it is a conversation in our form already
         prompt = as_prompt([{"role": "user", "content": prompt}])
+    if args.tokens:
+        show_tokens(prompt, load_sources(gpt, rm, tokenizer, args, device), args, generator, chat)
+        return
     answer(prompt, gpt, rm, tokenizer, args, generator, chat)
 
 

@@ -66,10 +66,12 @@ class Run:
         self.path, self.running_log = out / f"{name}.state.pt", out / f"{name}.state.jsonl"
         self.samples, self.best, self.diverged = (
             out / f"{name}.{end}" for end in ("samples.jsonl", "best.pt", "diverged.pt"))
+        self.critic = out / "critic.pt"  # PPO's
         self._refuse_own_files(files)
         self.lock = lock(out)
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
-                      if name not in ("out", "resume", "save_every", "show",  # these change no result
+                      if name not in ("out", "resume", "save_every", "show", "save_critic",
+                                      # these change no result
                                       "checkpoint_activations", "sft", "rm")}  # the last two are files
         self.start["--device"] = f"{device} on a machine with {torch.cuda.device_count()} GPUs"
         real = partial(os.path.relpath, start=os.path.realpath(out))  # a path, however it is spelled
@@ -81,7 +83,7 @@ class Run:
     def _refuse_own_files(self, files):
         """UserError: the run would read what it writes or moves."""
         ours = [self.result, self.log_path, self.finished, self.path, self.running_log, self.samples,
-                self.best, self.diverged]
+                self.best, self.diverged, self.critic]
         ours = {os.path.realpath(path): path for path in [*ours, *map(previous, ours)]}
         for file in filter(None, files):
             if path := ours.get(os.path.realpath(file)):
@@ -252,10 +254,10 @@ class Run:
         save(self.diverged, best.copy, tokenizer, "other")
         return f"; {self.diverged} is the policy after update {best.now['step']}, the best before that"
 
-    def finish(self, model, tokenizer, *reports, samples=(), best=None):
+    def finish(self, model, tokenizer, *reports, samples=(), best=None, critic=None):
         """Write the reports (dicts of numbers) into the log, then put result, samples (dicts, if any), best
-        (a lib.curve.Best, if any), log and mark in place of the earlier generation. A kill at any moment
-        leaves a whole generation or a state to resume from."""
+        (a lib.curve.Best, if any), critic (if any; PPO has both, or best alone), log and mark in place of the
+        earlier generation. A kill at any moment leaves a whole generation or a state to resume from."""
         for numbers in reports:
             self.log.report(**numbers)
         os.fsync(self.log.file.fileno())
@@ -271,6 +273,10 @@ class Run:
                   "within the KL budget")
         elif best:
             keep_previous(self.best)
+        if critic:
+            save(self.critic, critic, tokenizer, keep)
+        elif best:  # of an earlier run, and no other run's beside this policy
+            keep_previous(self.critic)
         keep_previous(self.finished)
         keep_previous(self.log_path)
         replace(self.running_log, self.log_path)

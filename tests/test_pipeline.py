@@ -105,8 +105,8 @@ def names(folder):
 def test_every_stage_writes_its_files(made):
     assert names(made / "out") == sorted([*(f"{stage}{end}" for stage in ("sft", "rm", "ppo")
                                             for end in (".pt", ".log.jsonl", ".finished.pt")),
-                                          "ppo.samples.jsonl", "ppo.best.pt"])
-    for name, kind in (("sft", GPT), ("rm", RewardModel), ("ppo", GPT)):
+                                          "ppo.samples.jsonl", "ppo.best.pt", "critic.pt"])
+    for name, kind in (("sft", GPT), ("rm", RewardModel), ("ppo", GPT), ("critic", RewardModel)):
         net = load(kind, made / "out" / f"{name}.pt")
         assert not net.training and load_tokenizer(made / "out" / f"{name}.pt").name == "bytes"
     sft, after = load(GPT, made / "out/sft.pt"), load(GPT, made / "out/ppo.pt")
@@ -181,7 +181,8 @@ def test_B10_same_seed_same_run(made, run, tmp_path):
         train(made / "data", tmp_path)
     assert names(tmp_path) == sorted([*(f"{stage}{end}" for stage in ("sft", "rm", "ppo") for end in (
         ".pt", ".prev.pt", ".log.jsonl", ".log.prev.jsonl", ".finished.pt", ".finished.prev.pt")),
-        "ppo.samples.jsonl", "ppo.samples.prev.jsonl", "ppo.best.pt", "ppo.best.prev.pt"])
+        "ppo.samples.jsonl", "ppo.samples.prev.jsonl", "ppo.best.pt", "ppo.best.prev.pt", "critic.pt",
+        "critic.prev.pt"])
     for stage, kind in (("sft", GPT), ("rm", RewardModel), ("ppo", GPT)):
         for end in ("", ".prev"):
             assert steps(tmp_path / f"{stage}.log{end}.jsonl") == steps(made / f"out/{stage}.log.jsonl")

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 LOOP = [sys.executable, str(ROOT / "sample.py"), "--device", "cpu", "--n", "1", "--ckpt"]
 ARGS = {"prompt": None, "prompts": None, "to": None, "ckpt": "", "reward": None, "chat": None, "n": None,
         "best_of": 0, "temperature": 1.0, "top_k": None, "top_p": None, "max_new_tokens": 16, "seed": 1,
-        "device": "cpu"}
+        "device": "cpu", "tokens": False, "given": None, "html": None}
 
 
 def args_of(**changed):
