@@ -177,8 +177,9 @@ def trace(sources, row, P):
     start = torch.full_like(lengths, P)
     batch = {"tokens": tokens, "lengths": lengths, "P": start, "ended": tokens[:, -1] == tokenizer.eos,
              "mask": response_mask(lengths, start, len(row))}
-    models = Models(policy, ref or policy, critic or (lambda tokens: torch.zeros_like(tokens).float()),
-                    model_score(rm) if rm else lambda tokens, *_: torch.zeros_like(tokens[:, 0]).float(), None, tokenizer)
+    none = torch.zeros(tokens.shape, device=tokens.device)
+    models = Models(policy, ref or policy, critic or (lambda text: none[:, : text.shape[1]]),
+                    model_score(rm) if rm else lambda *_: none[:, 0], None, tokenizer)
     batch = ppo.advantages(ppo.assess(batch, models, cfg, "tokens"), cfg.kl_coef, cfg.lam)
     mask, kl = batch["mask"], batch["logp"] - batch["ref_logp"]
     adv, _ = ppo.gae(batch["reward"], batch["value"], mask, 1.0, cfg.lam)
@@ -230,8 +231,8 @@ def printable_text(text):
 
 
 def pieces(tokenizer, ids):
-    """[(token, text)]: a token as it is, backslashes doubled and bytes that are no character written out, and
-    what it adds to the text: a character of several tokens comes whole, with the last of them."""
+    """[(token, text)]: a token as it is, backslashes doubled, bytes that are no character written out, blanks
+    in quotes; and what it adds to the text: a character of several tokens comes whole, with the last one."""
     decoder, made = codecs.getincrementaldecoder("utf-8")("backslashreplace"), []
     for i, token in enumerate(ids, 1):
         raw, begun = tokenizer.encoding.decode_single_token_bytes(token), decoder.getstate()[0]
@@ -239,7 +240,7 @@ def pieces(tokenizer, ids):
         text = decoder.decode(raw, final=i == len(ids) or ids[i] == tokenizer.eos)
         if begun and text and "\\x" not in text:
             own += f" = {printable(text)}"
-        made.append((own, printable_text(text)))
+        made.append((own if own.strip() else f'"{own}"', printable_text(text)))
     return made
 
 
