@@ -119,6 +119,8 @@ def test_the_numbers_are_those_of_the_formulas(made, pool, end):
     with torch.no_grad():
         logp, ref_logp = ((gpt(text)[0, P - 1 : -1] / 0.7).log_softmax(-1) for gpt in (policy, ref))
         value, score = critic(text)[0, P - 1 : -1], rm.score(text, torch.tensor([len(row)]))[0].item()
+        prefixes = [rm.score(text[:, :t], torch.tensor([t])).item() for t in range(P + 1, len(row) + 1)]
+    assert columns["score"][-1] == score
     score = score if end else -2.0
     at = torch.arange(n), text[0, P:]
     kl = logp[at] - ref_logp[at]
@@ -126,8 +128,8 @@ def test_the_numbers_are_those_of_the_formulas(made, pool, end):
     reward[-1] += score
     delta = reward + torch.cat([value[1:], torch.zeros(1)]) - value
     adv = [sum(0.9**k * delta[t + k].item() for k in range(n - t)) for t in range(n)]
-    expected = {"value": value, "logp": logp[at], "ref": ref_logp[at], "kl": kl, "penalty": 0.25 * kl,
-                "entropy": -(logp.exp() * logp).sum(-1), "reward": reward, "adv": adv}
+    expected = {"score": prefixes, "value": value, "logp": logp[at], "ref": ref_logp[at], "kl": kl,
+                "penalty": 0.25 * kl, "entropy": -(logp.exp() * logp).sum(-1), "reward": reward, "adv": adv}
     assert list(columns) == ["score", "value", "logp", "ref", "kl", "entropy", "penalty", "reward", "adv"]
     for name, x in expected.items():
         assert columns[name] == pytest.approx(torch.as_tensor(x).tolist(), abs=2e-5), name
@@ -289,10 +291,17 @@ def test_bytes_that_never_become_a_character_are_written_out():
 def test_shades_go_by_the_advantage():
     assert shades({"logp": [0, 0, 0], "kl": [9, 9, 9], "adv": [-4.0, 0.2, 2.0]}) == [0, 2, 3]
     assert shades({"logp": [0, 0], "kl": [1.0, -1.0]}) == [4, 0]
-    assert shades({"logp": [-1.0, -2.0]}) == shades({"logp": [0, 0], "adv": [0.0, 0.0]}) == [2, 2]
+    assert shades({"logp": [-0.1, -2.0]}) == [2, 0] and shades({"logp": [0, 0], "adv": [0.0, 0.0]}) == [2, 2]
 
 
 # ---- what is printed ----
+
+def test_a_number_next_to_0_is_0():
+    told = tokens.Told("", [("a", "a")] * 3, {"kl": [-1e-5, 1e-5, -0.0006]}, [2] * 3, "")
+    assert [tokens.cells(told, i) for i in range(3)] == [["0.000"], ["0.000"], ["-0.001"]]
+    assert tokens.table(told, None, lambda text, _: text)[1] == "   1    0.000  a"
+
+
 
 def run(folder, **how):
     sample.main(args_of(**{"ckpt": str(folder / "ppo.pt"), "tokens": True, "prompt": "ab: "} | how))
@@ -372,6 +381,12 @@ def test_a_long_prompt_is_truncated_and_a_long_response_refused(made, capsys):
     assert "truncated from the left to 85 tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="leaves no room for a prompt in 96 tokens"):
         run(made(), given=["y" * 95])
+
+
+@pytest.mark.slow
+def test_a_long_prompt_of_a_sample_is_truncated_as_in_ppo(made, capsys):
+    run(made("token"), prompt="x" * 200, max_new_tokens=20)
+    assert "\n" + "x" * 75 + "\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -547,8 +562,9 @@ def test_the_page_has_the_same_numbers(made, capsys, tmp_path):
     assert [row[1:-1] for row in cells] == [numbers.split() for numbers, _ in rows_of(text)]
     shown = [html.unescape(re.sub("<[^>]*>", "", row[-1])) for row in cells]
     assert shown == [token for _, token in rows_of(text)]
-    for line in text.split("\n\n")[0].splitlines():
-        assert html.escape(line) in source
+    for line in [*text.split("\n\n")[0].splitlines(), "colours: adv, red below 0, green above"]:
+        assert f"<p>{html.escape(line)}</p>" in source
+    assert "colours" not in text
     assert text.endswith("x.html written\n")
 
 

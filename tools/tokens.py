@@ -51,6 +51,7 @@ HEAD = """<!doctype html>
 <title>What each token did</title>
 <style>
 body { font: 14px sans-serif; margin: 2em }
+p { margin: .4em 0 }
 .text { font-size: 16px; white-space: pre-wrap }
 td, th { font: 13px monospace; padding: 0 .6em; text-align: right }
 td:last-child, th:last-child { text-align: left; white-space: pre-wrap }
@@ -244,9 +245,14 @@ def pieces(tokenizer, ids):
     return made
 
 
+def shaded(columns):
+    """The column that the colours show."""
+    return next(name for name in ("adv", "kl", "logp") if name in columns)
+
+
 def shades(columns):
-    """A shade for each token by its advantage, or else by its kl, or else none."""
-    x = columns.get("adv", columns.get("kl", [0.0] * len(columns["logp"])))
+    """A shade for each token, red below 0 and green above."""
+    x = columns[shaded(columns)]
     most = max(map(abs, x)) or 1.0
     return [round(2 + 2 * y / most) for y in x]
 
@@ -307,12 +313,14 @@ def show(sources, rows, P, file=None):
     names = ("A: ", "B: ") if len(rows) == 2 else ("",)
     all_told = [tell(sources, name, row, P) for name, row in zip(names, rows, strict=True)]
     said = [*map(printable, sources.said), *(f"{name}: {COLUMNS[name][0]}" for name in all_told[0].columns)]
+    colours = [f"colours: {shaded(all_told[0].columns)}, red below 0, green above"]
     prompt = printable_text(sources.tokenizer.decode(rows[0][:P]))
     if file:
-        write(Path(file), page(said, prompt, all_told, part), save=lambda text, f: f.write(text.encode()))
+        text = page(said + colours, prompt, all_told, part)
+        write(Path(file), text, save=lambda text, file: file.write(text.encode()))
     paint, out = (lambda text, shade: text), sys.stdout
     if out.isatty() and not os.environ.get("NO_COLOR"):  # past the guard of `out`, which writes codes out
-        paint, out = in_colour, Harmless(getattr(out, "stream", out))
+        paint, out, said = in_colour, Harmless(getattr(out, "stream", out)), said + colours
     texts = [prompt, *(strip(told, part, paint) for told in all_told)]
     tables = [line for told in all_told for line in ("", told.summary, *table(told, part, paint))]
     print("\n".join([*said, "", *texts, *tables]), file=out, flush=True)
