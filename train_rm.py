@@ -29,7 +29,7 @@ from lib.fast import prepare
 from lib.flags import Shared, bounded, cli, pick_device
 from lib.generate import sample_texts
 from lib.memory import check_training
-from lib.report import accuracy, measure_pairs, report_pairs, report_words
+from lib.report import accuracy, measure_pairs, report_agreement, report_pairs, report_words
 from lib.resume import Run
 from lib.rewards import score_rows
 from lib.start import start_rm
@@ -180,7 +180,7 @@ def main(cfg):
     curve.restore()
     rm.eval()
     result = report_pairs(rm, val_groups, world, cfg, device)
-    result |= report_words(result["accuracy"], groups, val_groups, curve)
+    result |= report_words(result["accuracy"], groups, val_groups, curve) | report_agreement(folder)
     normalise(rm, gpt, groups, prompts, tokenizer, cfg, device)
     run.finish(rm, tokenizer, result)
     print(f"reward model done: held-out accuracy {result['accuracy']:.1%}"

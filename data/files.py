@@ -50,6 +50,11 @@ class Progress:
             print(file=sys.stderr, flush=True)
 
 
+def json_line(row):
+    """dict -> the bytes of a line."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
 def json_object(line):
     """JSON bytes -> dict. UserError: not UTF-8, not JSON, not an object, a duplicate key."""
     try:
@@ -104,6 +109,46 @@ def atomic_folder(path):
         replace(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def append(path, lines):
+    """Add whole lines, on the disk when this returns. OSError: the disk is full, and nothing is added."""
+    if not path.exists():
+        with atomic_file(path) as file:
+            file.write(lines)
+        return
+    with open(path, "r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(lines) < len(lines):
+                raise OSError(f"{path}: the disk is full")
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def take_back(*last):
+    """Remove from each (path, line) this last line. UserError: one is not the last, and none is removed."""
+    for path, line in last:
+        if not (path.exists() and path.read_bytes().endswith(line)):
+            raise UserError(f"{path} was changed by something else: its last line is not the last answer")
+    for path, line in last:
+        with open(path, "r+b") as file:
+            file.truncate(file.seek(-len(line), os.SEEK_END))
+            os.fsync(file.fileno())
+
+
+def settle(path, line=b""):
+    """After a kill: whole lines only, and among them the `line` that was the last to be added."""
+    data = path.read_bytes() if path.exists() else b""
+    tail = data[data.rfind(b"\n") + 1 :]
+    if tail and line.startswith(tail):
+        os.truncate(path, len(data) - len(tail))
+    elif tail:  # somebody else's, who did not end it
+        append(path, b"\n")
+    if line not in (b"", *data.splitlines(keepends=True)):
+        append(path, line)
 
 
 def replace(source, target):

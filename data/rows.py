@@ -140,8 +140,11 @@ class Found:
         self.demonstrations, self.prompts, self.dropped, self.repeated = {}, {}, Dropped(), 0
 
     def read(self, path, args):
-        names, rows = read_table(path, args.encoding, args.split)
-        roles = find_columns(names, args.columns, path)
+        self.take(path, *read_table(path, args.encoding, args.split), args.columns)
+
+    def take(self, path, names, rows, given):
+        """The rows of a table, as `read_table` returns it; given: as for `find_columns`."""
+        roles = find_columns(names, given, path)
         rest = [name for name in names if not any(name in some for some in roles.values())]
         if made := [name for name in rest if name in ("messages", "responses", "ranks")]:
             raise UserError(f"{path}: lines with {listed(made)} need no preparing: see docs/data.md, and the "

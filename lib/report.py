@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from data.examples import pad
-from data.files import UserError
+from data.files import UserError, json_object
 from lib.baselines import Linear, ngram_losses
 from lib.common import masked_mean
 from lib.generate import generate
@@ -136,6 +136,50 @@ def report_words(right, groups, val_groups, curve):
     print(f"beside it: ridge regression on which words occur in a response has {other:.1%}: "
           + compare(100 * (right - other), "points", "it", curve))
     return {"ridge_accuracy": other}
+
+
+def report_agreement(folder):
+    """Print and return how often the labeller gave the same answer to what tools/label.py asked twice, a tie
+    on one side counting half; {} where nothing was asked twice.
+
+    Where q is the probability of an answer, two answers agree with E[q^2 + (1-q)^2], and the best guess is
+    right with E[max(q, 1-q)], which by Jensen's inequality is at most `label_ceiling`.
+    """
+    try:
+        lines = (folder / "labels.jsonl").read_bytes().split(b"\n")[:-1]  # what a kill cut off is no line
+        agrees = [x for line in lines if (x := json_object(line).get("agrees")) in (0, 0.5, 1)]
+    except (OSError, UserError):
+        return {}
+    if not agrees:
+        return {}
+    share, n = fmean(agrees), len(agrees)
+    low, high = wilson(share, n)
+    ceiling, at_most = ((1 + math.sqrt(max(0, 2 * x - 1))) / 2 for x in (share, high))
+    print(f"the labeller agreed with an earlier answer in {share:.1%} of {n} pairs asked twice (95%: "
+          f"{low:.0%} to {high:.0%}): no reward model can be expected to pass {ceiling:.0%} ({at_most:.0%} at "
+          "the end of that interval)")
+    return {"self_agreement": share, "asked_twice": n, "label_ceiling": ceiling}
+
+
+def wilson(rate, n):
+    """The 95% interval of a share, observed `rate` in n cases (Wilson 1927)."""
+    z2 = 1.96**2
+    middle, half = rate + z2 / (2 * n), 1.96 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+
+
+def report_wins(first, second, best):
+    """Print how often the model named `second` was better; best: of each prompt 0, 1, or None for a tie."""
+    if not best:
+        print("nothing was compared")
+        return
+    n, ties = len(best), best.count(None)
+    rate = (best.count(1) + ties / 2) / n
+    low, high = wilson(rate, n)
+    needed = next(m for m in itertools.count(1) if wilson(rate, m)[1] - wilson(rate, m)[0] <= 0.1)
+    print(f"{second} wins {rate:.1%} against {first}, 95% interval {low:.1%} to {high:.1%} (Wilson): "
+          f"{best.count(1)} won, {best.count(0)} lost, {ties} ties, which count half; "
+          + (f"about {needed - n} more prompts would make it +-5%" if needed > n else "+-5% or better"))
 
 
 def by_margin(margin, right, parts):

@@ -302,26 +302,27 @@ def says_plainly(saved):
         type(x) in (str, int, float, bool, type(None)) for x in start.values())
 
 
-def lock(out):
+def lock(out, flag="--out"):
     """An open file that holds the folder `out` for this process; the kernel releases it when that ends.
 
-    A record lock, which forked children do not inherit. UserError: another process holds it.
+    A record lock, which forked children do not inherit. UserError: another process holds it; flag: which
+    named the folder.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         file = open(out / ".lock", "r+", opener=lambda path, _: os.open(path, flags, 0o666))
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out {out}: there is a file of that name, or one above it is no folder") from None
+        raise UserError(f"{flag} {out}: there is a file of that name, or one above it is no folder") from None
     except OSError as error:
-        raise UserError(f"--out {out}: can't be written ({error.strerror})") from None
+        raise UserError(f"{flag} {out}: can't be written ({error.strerror})") from None
     if fcntl:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise UserError(f"--out {out} is in use by process {file.read(20).strip() or '?'}; wait for it, "
-                            "or choose another --out") from None
+            raise UserError(f"{flag} {out} is in use by process {file.read(20).strip() or '?'}; wait for it, "
+                            f"or choose another {flag}") from None
         except OSError:
             return file  # a file system without locks
         file.truncate(0)
