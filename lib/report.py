@@ -156,8 +156,8 @@ def report_agreement(folder):
     low, high = wilson(share, n)
     ceiling, at_most = ((1 + math.sqrt(max(0, 2 * x - 1))) / 2 for x in (share, high))
     print(f"the labeller agreed with an earlier answer in {share:.1%} of {n} pairs asked twice (95%: "
-          f"{low:.0%} to {high:.0%}): no reward model can be expected to pass {ceiling:.0%} ({at_most:.0%} at "
-          "the end of that interval)")
+          f"{low:.0%} to {high:.0%}): no reward model can be expected to pass {ceiling:.0%} (or "
+          f"{at_most:.0%}, at the end of that interval)")
     return {"self_agreement": share, "asked_twice": n, "label_ceiling": ceiling}
 
 

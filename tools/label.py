@@ -43,9 +43,9 @@ from tools.score import score_all
 
 KEYS = "1 or 2 is better, = equal, s skip, u undo, q quit"
 PAGE = """<!doctype html><meta charset="utf-8"><title>Label</title><style nonce="NONCE">
-  body { font: 1.1em/1.5 sans-serif; max-width: 75em; margin: 1em auto; padding: 0 1em }
-  pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere }
-  main { display: grid; grid-template-columns: 1fr 1fr } main pre { border: solid 1px; margin: 0; padding: 1ex }
+  body { font: 1.1em/1.5 sans-serif; max-width: 75em; margin: 1em auto }
+  pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; border: solid 1px; padding: 1ex }
+  main { display: grid; grid-template-columns: 1fr 1fr; gap: 1em }
 </style><p id="status"></p><pre id="prompt" dir="auto"></pre>
 <main><pre id="left" dir="auto"></pre><pre id="right" dir="auto"></pre></main>
 <p><button>1</button> <button>2</button> <button>=</button> <button>s</button> <button>u</button>
@@ -62,8 +62,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>Label</title><style nonce=
   onkeydown = ({key, repeat, ctrlKey, metaKey, altKey}) => {
     if ([..."12=suq"].includes(key) && !repeat && !ctrlKey && !metaKey && !altKey) send(key);
   };
-  for (const button of document.querySelectorAll("button"))
-    button.onclick = () => { button.blur(); send(button.textContent); };
+  onclick = ({target}) => { if (target.tagName == "BUTTON") { target.blur(); send(target.textContent); } };
   send("");
 </script>""".replace("KEYS", KEYS)
 
@@ -92,24 +91,34 @@ def sampler(path, args, device):
     return sample
 
 
-def two_of(sample, prompt, rng):
-    """Two different responses, each of which may be better for train_rm.py; []: 4 samples had no such two."""
-    responses = list(dict.fromkeys(sample(prompt, 4, rng)))[:2]
+def two_responses(samplers, prompt, rng):
+    """One of each of two models; of a single one two that differ, and that train_rm.py takes, whichever is
+    better. []: among four there were no such two."""
+    if len(samplers) == 2:
+        return [sample(prompt, 1, rng)[0] for sample in samplers]
+    responses = list(dict.fromkeys(samplers[0](prompt, 4, rng)))[:2]
     rows = [{"prompt": prompt, "chosen": x, "rejected": y} for x in responses for y in responses if x != y]
     return responses if rows and all(is_read(row, "preferences", Dropped()) for row in rows) else []
 
 
 def new_pairs(prompts, samplers):
-    """A Pair for each prompt: of two models one response each, of a single one two that differ; without any a
-    prompt is passed over. What is asked depends on the prompt alone."""
+    """A Pair for each prompt that has two responses. What is asked depends on the prompt alone."""
     for prompt in prompts:
         rng = random.Random(prompt)
-        if responses := ([sample(prompt, 1, rng)[0] for sample in samplers] if len(samplers) == 2 else
-                         two_of(*samplers, prompt, rng)):
+        if responses := two_responses(samplers, prompt, rng):
             yield Pair(prompt, responses, rng.sample([0, 1], 2))
 
 
-ompt": entry["prompt"], "chosen": better, "rejected": worse})
+# ---- answers ----
+
+def as_pair(entry):
+    return Pair(*(entry[name] for name in Pair._fields))
+
+
+def preference(entry):
+    """The line of preferences.jsonl that an answer makes."""
+    better, worse = (entry["responses"][i] for i in (entry["best"], 1 - entry["best"]))
+    return json_line({"prompt": entry["prompt"], "chosen": better, "rejected": worse})
 
 
 def read_journal(path):
@@ -158,11 +167,9 @@ class Session:
         with self.lock:
             if turn != self.turn:
                 return self.view("That pair had been answered already; this is another." * (turn != -1))
-            if key == "u":
-                return self.view(self.undo())
             if self.pair and key in [*"12=s"]:
                 self.answer(key)
-            return self.view()
+            return self.view(self.undo() if key == "u" else "")
 
     def answer(self, key):
         """Save an answer and go on to the next pair. OSError: the disk is full, and nothing is saved."""
@@ -265,10 +272,8 @@ def main(args):
             on_page(session, args.web)
         else:
             at_terminal(session)
-    session.pool.shutdown(wait=False, cancel_futures=True)
     if models:
-        report_wins(*ckpts, [entry["best"] for entry in session.entries if entry["key"] != "s"])
-        return
+        return report_wins(*ckpts, [entry["best"] for entry in session.entries if entry["key"] != "s"])
     files = [entry.get("file") for entry in session.entries]
     print(f"\n{len(files)} answers, of which {files.count(TRAIN)} in {TRAIN} and {files.count(VAL)} in {VAL}")
     report_agreement(args.data)
