@@ -212,7 +212,7 @@ class Session:
         left = len({*self.left} - {entry["prompt"] for entry in self.entries})
         over = "That was the last pair." + " Prompts left: without two different responses." * bool(left)
         prompt, responses, shown, _ = self.pair or Pair(over, ["", ""], [0, 1])
-        texts = {"status": f"{len(self.entries)} answered, {left} prompts left", "prompt": prompt,
+        texts = {"status": f"answered: {len(self.entries)}, prompts left: {left}", "prompt": prompt,
                  "left": responses[shown[0]], "right": responses[shown[1]], "note": note}
         return {"turn": self.turn} | {name: visible(text) for name, text in texts.items()}
 
@@ -235,9 +235,8 @@ def on_page(session, port):
     """A person at the page."""
     def reply(asked):
         try:
-            if asked["key"] == "q":
-                return session.view("Ended."), True
-            return session.press(asked["key"], asked["turn"]), False
+            last = asked["key"] == "q"
+            return session.view("Ended.") if last else session.press(asked["key"], asked["turn"]), last
         except (OSError, UserError) as error:
             return session.view(f"Not saved: {error}"), False
     serve(PAGE, reply, port)
