@@ -359,6 +359,7 @@ def test_a_write_that_is_cut_short_by_the_system_is_taken_back(tmp_path):
     assert (tmp_path / "f").read_bytes() == b"x" * 19 + b"\n" and "full" in done.stdout
 
 
+@pytest.mark.slow
 def test_one_labeller_a_folder(tmp_path):
     folder = folder_of(tmp_path)
     code = (f"import sys, time; sys.path[:0] = [{str(ROOT)!r}]; from pathlib import Path; "
@@ -515,7 +516,7 @@ def test_single_keys_on_a_terminal_need_no_enter_and_arrows_are_none(tmp_path):
     os.close(master), os.close(slave)
 
 
-def test_mistakes_are_one_sentence_and_nothing_is_written(tmp_path):
+def test_mistakes_are_told_before_anything_is_written(tmp_path):
     folder = folder_of(tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -528,10 +529,15 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(tmp_path):
                        ("no.csv can't be read", arguments(empty, table=Path("no.csv")))):
         with pytest.raises(UserError, match=said):
             label.main(made)
+    assert [*raw(folder)] == ["prompts.jsonl"] and not raw(empty) and not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_sentence(tmp_path):
+    folder = folder_of(tmp_path)
     done = subprocess.run([sys.executable, "-m", "tools.label", "--data", str(folder), "--ckpt", "no.pt"],
                           cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 1 and done.stderr == "tools.label: no.pt is missing\n"
-    assert [*raw(folder)] == ["prompts.jsonl"] and not raw(empty) and not (tmp_path / "no").exists()
 
 
 # ---- the page ----
