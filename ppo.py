@@ -79,10 +79,11 @@ class Config(Shared):
 
 # ---- the mathematics: pure functions on (B,T-1) ----
 
-def whiten(x, mask):
-    """x with mean 0 and variance 1 under the mask (population variance), 0 elsewhere."""
-    x = x - masked_mean(x, mask)
-    return torch.where(mask, x * torch.rsqrt(masked_mean(x ** 2, mask) + 1e-8), 0.0)
+def whiten(x, mask, shift_mean=True):
+    """x with variance 1 (population variance) and mean 0 under the mask, or its own mean; 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
+    return torch.where(mask, white if shift_mean else white + mean, 0.0)
 
 
 def gae(reward, value, mask, gamma, lam):

@@ -162,9 +162,9 @@ def test_P1_P2_P4_gae_is_the_double_sum_of_each_row_alone(gamma, lam):
 
 def test_P7_whiten_fixture_is_the_population_variance():
     x = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]])
-    white = whiten(x, torch.ones_like(x, dtype=torch.bool))
-    close(x.mean() + white[0], torch.tensor([.050807, .438105, .825403]), 1e-5)  # there the mean is left
-    assert white.mean().item() == pytest.approx(0, abs=1e-6)
+    white = whiten(x, torch.ones_like(x, dtype=torch.bool), shift_mean=False)
+    close(white[0], torch.tensor([.050807, .438105, .825403]), 1e-5)
+    assert white.mean().item() == pytest.approx(1.6, abs=1e-6)
 
 
 @pytest.mark.parametrize("poison", POISON)
@@ -175,6 +175,9 @@ def test_P7_P8_whiten_ignores_pads(poison):
     inside = white[mask]
     assert inside.mean().abs() < 1e-6 and inside.var(unbiased=False).item() == pytest.approx(1, abs=1e-3)
     assert (white[~mask] == 0).all()
+    kept = whiten(poisoned(x, mask, poison), mask, shift_mean=False)
+    assert kept[mask].mean().item() == pytest.approx(x[mask].mean().item(), abs=1e-5)
+    assert (kept[~mask] == 0).all()
     assert torch.isfinite(whiten(torch.ones_like(x), mask)).all()
 
 
