@@ -257,7 +257,8 @@ class RewardModel(nn.Module):
         nn.init.normal_(self.reward_head.weight, std=1 / math.sqrt(self.config.d_model + 1))
         nn.init.zeros_(self.reward_head.bias)
         if pool == "token":
-            self.reward_token = nn.Parameter(0.02 * torch.randn(self.config.d_model))
+            self.reward_token = nn.Parameter(torch.empty(self.config.d_model))
+            nn.init.normal_(self.reward_token, std=0.02)
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 

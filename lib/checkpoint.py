@@ -100,21 +100,21 @@ def check_config(config):
             raise UserError(f"{name} is {x}, and must lie between {limits(field)[0]} and {limits(field)[1]}")
 
 
-class NoNumbers(TorchFunctionMode):
-    """Inside, torch.nn.init leaves tensors as they are, and torch.randn makes empty ones."""
+class NoInit(TorchFunctionMode):
+    """Inside, torch.nn.init leaves tensors as they are."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(function, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return (torch.empty if function is torch.randn else function)(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 @contextmanager
 def sizes_only():
     """Inside, a new network has sizes and no numbers. Random ones on the "meta" device would import torch's
     compiler: 2 s at each start, and an error where that has no folder to write to."""
-    with torch.device("meta"), NoNumbers():
+    with torch.device("meta"), NoInit():
         yield
 
 

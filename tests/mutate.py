@@ -38,6 +38,8 @@ FILES = {"ppo.py": "ppo checks pipeline rewards faults curve resume",
          "lib/generate.py": "model rm checks ppo pipeline", "lib/fast.py": "model checks pipeline",
          "lib/report.py": "rm ppo checks pipeline rewards curve", "lib/rewards.py": "rewards rm ppo pipeline",
          "lib/checks.py": "checks", "lib/checks_rm.py": "checks", "tools/score.py": "score",
+         "tools/plot.py": "plot", "tools/label.py": "label", "tools/tokens.py": "tokens",
+         "tools/doctor.py": "doctor", "tools/doctor_files.py": "doctor", "data/choices.py": "label",
          "data/split.py": "own_data", "data/lists.py": "prepare reviews", "data/rows.py": "prepare",
          "lib/common.py": "sft rm ppo checks pipeline resume",
          "lib/flags.py": "records pipeline rewards rough", "data/rules.py": "rules",
@@ -47,7 +49,7 @@ FILES = {"ppo.py": "ppo checks pipeline rewards faults curve resume",
 ONLY = {"lib/common.py": {"batches", "masked_mean", "micro_batches", "count_steps", "shuffled", "Cycle",
                           "set_lr", "clip_and_step", "finite"},  # the rest is the log
         "lib/flags.py": {"check_numbers", "check_pairs"}}
-SKIP = {"Config", "GPTConfig", "report_pairs", "by_margin", "describe", "print_table", "print_sample",
+SKIP = {"Config", "GPTConfig", "report_pairs", "describe", "print_table", "print_sample",
         "warnings", "print"}
 LOOPS = {"main", "improve", "evaluate"}
 ALIKE = [group.split(", ") for group in (  # what has the same type in the LOOPS

@@ -219,7 +219,8 @@ def ppo_log(updates=30, config=(), held=(), **columns):
 @pytest.mark.parametrize("log, expected", [
     (ppo_log(), []),
     (ppo_log(value_loss=(900.0, 50.0)), "scores are far from a standard deviation of 1"),
-    (ppo_log(eos=(1.0, 0.1), config={"no_eos_score": 5.0}), "a missing end pays"),
+    (ppo_log(eos=(1.0, 0.1), score=(0.0, 4.9), config={"no_eos_score": 5.0}), "a missing end pays"),
+    (ppo_log(config={"no_eos_score": 0.1}), "a missing end pays"),  # nothing has happened yet
     (ppo_log(eos=(1.0, 0.1)), []),
     (ppo_log(update_kl=(0.001, 0.1)), "the learning rate is too high"),
     (ppo_log(explained=(-1.0, None)), "the critic does not learn"),

@@ -25,7 +25,7 @@ LIMITS = {
     "rate": 5,  # times the learning rate by rule
     "overfit": 2.5,  # held-out loss over training loss of the SFT model; 2.1 with 539 demonstrations
     "prompt": 0.02,  # nats that the prompt of another example costs
-    "ends": 0.5,  # share of responses; in PPO of those that ended at first
+    "ends": 0.5,  # share of responses
     "alike": 0.5,  # distinct_2 of responses over that of demonstrations
     "noisier": 0.1,  # accuracy that training pairs lack to held-out pairs
     "by heart": 0.2,  # accuracy that held-out pairs lack to training pairs
@@ -183,8 +183,7 @@ def ppo_findings(log, out):
     yield Finding(was["value_loss"], last["value_loss"] > LIMITS["value loss"],
                   "scores are far from a standard deviation of 1", "give --reward-scale first")
     yield Finding(was["eos"] + f"; a missing end scores {cfg.no_eos_score:g}",
-                  last["eos"] < LIMITS["ends"] * first["eos"] and cfg.no_eos_score > first["score"],
-                  "a missing end pays", "lower --no-eos-score")
+                  cfg.no_eos_score > first["score"], "a missing end pays", "lower --no-eos-score")
     stops = fmean(line["update_kl"] > 1.5 * cfg.update_kl for line in steps)
     yield Finding(f"{stops:.0%} of the updates were cut short by --update-kl; {was['clipped']}",
                   stops > LIMITS["stopped"], "the learning rate is too high", "lower --lr")
