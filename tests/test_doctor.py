@@ -236,6 +236,20 @@ def test_ppo(log, expected, tmp_path):
     assert causes(files.ppo_findings(log, tmp_path)) == ([expected] if expected else [])
 
 
+def sample(model, score, eos, response="One fox ran home."):
+    return {"model": model, "score": score, "eos": eos, "response": response}
+
+
+def test_what_the_gain_is_made_of():
+    better = [sample("SFT", 0.0, 1.0), sample("PPO", 1.0, 1.0, "Two."), sample("SFT", 0.2, 1.0, "A b c d"),
+              sample("PPO", 1.2, 1.0, "Two.")]
+    *_, begins = found = list(files.sample_findings(better))
+    assert not causes(found) and begins.text.endswith("50% of SFT's responses, 100% of PPO's")
+    ends = [sample("SFT", -1.0, 0.0), *[sample(model, 0.0, 1.0) for model in ("SFT", "PPO", "PPO")]]
+    assert causes(files.sample_findings(ends)) == ["better only by --no-eos-score"]
+    assert not list(files.sample_findings(ends[:2]))  # no PPO in it
+
+
 # ---- the program ----
 
 def run(*args):

@@ -10,6 +10,7 @@ from data.records import read_preferences, read_prompts, read_responses, read_sf
 from data.split import read_split
 from lib.baselines import words
 from lib.output import CONTROL
+from lib.report import gain_from_ends
 from lib.start import spread
 
 # Beyond these a number is an illness. They lie between what healthy runs and those of runs/doctor.py show
@@ -180,13 +181,13 @@ def ppo_findings(log, out):
     late = steps[-max(1, len(steps) // 4) :]
     last = {name: fmean(line.get(name) or 0.0 for line in late) for name in first}
     was = {name: f"{name} {x or 0.0:.3g} at first, {last[name]:.3g} at last" for name, x in first.items()}
-    yield Finding(was["value_loss"], last["value_loss"] > LIMITS["value loss"],
-                  "scores are far from a standard deviation of 1", "give --reward-scale first")
     yield Finding(was["eos"] + f"; a missing end scores {cfg.no_eos_score:g}",
                   cfg.no_eos_score > first["score"], "a missing end pays", "lower --no-eos-score")
-    stops = fmean(line["update_kl"] > 1.5 * cfg.update_kl for line in steps)
+    stops = fmean((line.get("update_kl") or 0.0) > 1.5 * cfg.update_kl for line in steps)
     yield Finding(f"{stops:.0%} of the updates were cut short by --update-kl; {was['clipped']}",
                   stops > LIMITS["stopped"], "the learning rate is too high", "lower --lr")
+    yield Finding(was["value_loss"], last["value_loss"] > LIMITS["value loss"],
+                  "scores are far from a standard deviation of 1", "give --reward-scale first")
     yield Finding(was["explained"], len(steps) >= 15 and last["explained"] < LIMITS["explained"],
                   "the critic does not learn", "raise --critic-lr")
     yield kl_finding(log, was["kl"], last["kl"])
@@ -196,12 +197,20 @@ def ppo_findings(log, out):
     yield Finding(was["entropy"], last["entropy"] < LIMITS["entropy"] * first["entropy"],
                   "the policy repeats itself", "raise --kl-coef or lower --lr")
     if (path := out / "ppo.samples.jsonl").exists():
-        begins = {"SFT": Counter(), "PPO": Counter()}
-        for line, _, (response, *_), _ in read_responses(path):
-            begins[line["model"]][tuple(response.split()[:3])] += 1
-        yield Finding("the commonest first three words begin " + ", ".join(
-            f"{max(some.values()) / sum(some.values()):.0%} of {model}'s responses"
-            for model, some in begins.items() if some))
+        yield from sample_findings([line for line, *_ in read_responses(path)])
+
+
+def sample_findings(lines):
+    """Of ppo.samples.jsonl: what the gain is made of, and how alike the responses begin."""
+    both = [[line for line in lines if line.get("model") == model] for model in ("SFT", "PPO")]
+    if not all(both):
+        return
+    ends = gain_from_ends(*({name: [line[name] for line in some] for name in ("score", "eos")} for some in both))
+    yield Finding("the gain in score is " + ("mostly" if ends else "not") + " that more or fewer texts end",
+                  bool(ends), "better only by --no-eos-score", "change --no-eos-score or --max-new-tokens")
+    begins = [Counter(tuple(line["response"].split()[:3]) for line in some) for some in both]
+    was, now = (max(some.values()) / sum(some.values()) for some in begins)
+    yield Finding(f"the commonest three words begin {was:.0%} of SFT's responses, {now:.0%} of PPO's")
 
 
 def kl_finding(log, text, kl):
