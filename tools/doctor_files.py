@@ -205,7 +205,8 @@ def sample_findings(lines):
     both = [[line for line in lines if line.get("model") == model] for model in ("SFT", "PPO")]
     if not all(both):
         return
-    ends = gain_from_ends(*({name: [line[name] for line in some] for name in ("score", "eos")} for some in both))
+    ends = gain_from_ends(*({name: [line[name] for line in some] for name in ("score", "eos")}
+                            for some in both))
     yield Finding("the gain in score is " + ("mostly" if ends else "not") + " that more or fewer texts end",
                   bool(ends), "better only by --no-eos-score", "change --no-eos-score or --max-new-tokens")
     begins = [Counter(tuple(line["response"].split()[:3]) for line in some) for some in both]
