@@ -32,7 +32,7 @@ from tools.doctor_files import LIMITS, Finding
 from train_sft import evaluate
 
 BUDGET = 16_384  # tokens in a forward pass
-SOME = 400  # examples of each file that a network reads, at most
+SOME, PAIRS = 400, 1000  # demonstrations and rankings of each file that a network reads, at most
 PROMPTS, N = 64, 16  # held-out prompts that are answered; half of them N times
 TITLES = {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}
 
@@ -124,7 +124,7 @@ def learned(gpt, rows, n, log, loss):
 
 def rm_findings(case):
     train, val = case.data["preferences"]
-    groups, held = (encode_rankings(spread(some)[:SOME], case.tokenizer, case.rm.room, name)
+    groups, held = (encode_rankings(spread(some)[:PAIRS], case.tokenizer, case.rm.room, name)
                     for some, name in ((train, "preferences.jsonl"), (val, "preferences_val.jsonl")))
     (own, _), (gap, scores) = case.gaps(groups), case.gaps(held)
     yield from accuracies(own, gap, len(scores))
@@ -164,7 +164,7 @@ def accuracies(own, gap, texts):
 def spoilt(case, held):
     """What the best responses score when they are spoilt."""
     generator, means = torch.Generator().manual_seed(0), {}
-    best = [(group.prompt, group.rows[group.ranks.index(min(group.ranks))]) for group in held]
+    best = [(group.prompt, group.rows[group.ranks.index(min(group.ranks))]) for group in held[:SOME]]
     for name, change in (("as they are", lambda x: x), ("repeated", lambda x: x + x), ("empty", lambda x: []),
                          ("cut off", lambda x: x[: len(x) // 2]),
                          ("shuffled", lambda x: [x[i] for i in torch.randperm(len(x), generator=generator)])):
