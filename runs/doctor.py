@@ -5,7 +5,7 @@
     python runs/doctor.py few_steps noisy              # only these
 
 Each is one stage, trained on spoilt data, with bad flags, or by spoilt code, after healthy ones (seed 1).
-Reward models read a fifth of the rankings twice; PPO takes 30 updates, but for no_kl 200.
+Reward models read a fifth of the rankings once; PPO takes 30 updates, but for no_kl 200.
 """
 import json
 import os
@@ -63,13 +63,13 @@ ILL = {
     "shuffled": ("sft", "wrong prompts|prompt is ignored", rotated, []),
     "thirty": ("sft", "too few demonstrations|overfit", lambda train, val: (train[:30], val),
                ["--epochs", 50]),
-    "noisy": ("rm", "noisy labels", flipped(0.3), ["--epochs", 2]),
-    "flipped": ("rm", "labels are reversed", flipped(1.0), ["--epochs", 2]),
-    "blind": ("rm", "wrong prompts|prompt is not read", rotated, ["--epochs", 2]),
+    "noisy": ("rm", "noisy labels", flipped(0.3), ["--epochs", 1]),
+    "flipped": ("rm", "labels are reversed", flipped(1.0), ["--epochs", 1]),
+    "blind": ("rm", "wrong prompts|prompt is not read", rotated, ["--epochs", 1]),
     "few_pairs": ("rm", "overfit", pairs(200), ["--epochs", 8]),
-    "longer": ("rm", "longer is better|length only", by_length, ["--epochs", 2]),
+    "longer": ("rm", "longer is better|length only", by_length, ["--epochs", 1]),
     "leaked": ("rm", "held-out texts in the training data", lambda train, val: (train + val, val),
-               ["--epochs", 2]),
+               ["--epochs", 1]),
     "no_kl": ("ppo", "over-optimisation", None, ["--kl-coef", 0, "--updates", 200]),
     "high_rate_ppo": ("ppo", "learning rate is too high", None, ["--lr", 6e-3]),
     "no_critic": ("ppo", "critic does not learn", None, ["--critic-lr", 0]),
