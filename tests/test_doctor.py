@@ -64,6 +64,8 @@ EVEN = [ranking("a" * (5 + i % 3), "b" * (4 + i % 5)) for i in range(30)]
     (EVEN, []),
     ([ranking("a" * (9 + i), "b" * i) for i in range(1, 30)],
      ["the preferences only say that longer is better"]),
+    ([ranking("a" * i, "b" * (9 + i)) for i in range(1, 30)],
+     ["the preferences only say that shorter is better"]),
     ([*EVEN, ranking("x", "y"), ranking("y", "x")], ["contradictory preferences"]),
     ([*EVEN, ("p", ["x", "y"], [3, 3], None, None)], [])])
 def test_pairs(train, expected):
@@ -79,15 +81,29 @@ def test_a_file_that_cannot_be_read_is_a_finding(tmp_path):
     assert "preferences.jsonl:1" in found[0][1].text
 
 
+def test_too_few_to_hold_some_out_is_no_illness(tmp_path):
+    jsonl(tmp_path / "prompts.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
+    [(stage, found)] = files.folder_findings(tmp_path)
+    assert stage == "ppo" and not found.ill and found.text.startswith("not examined: ")
+
+
+def test_the_whole_of_a_sorted_file_is_looked_at():
+    for n in (1, 5, 399, 400, 401, 799, 6000):
+        some = files.sample(list(range(n)), 400)
+        assert len(some) <= 400 and some[0] == 0 and some[-1] >= n - 1 - -(-n // 400)
+
+
 # ---- reward model ----
 
 @pytest.mark.parametrize("own, gap, expected", [
     ([1.0] * 90 + [-0.1] * 10, [2.0] * 85 + [-0.1] * 15, []),
     ([1.0] * 90 + [-1.0] * 10, [-1.0] * 90 + [1.0] * 10, "the labels are reversed"),
-    ([1.0] * 60 + [-1.0] * 40, [2.0] * 85 + [-0.1] * 15, "noisy labels"),
+    ([1.0] * 60 + [-1.0] * 40, [2.0] * 850 + [-0.1] * 150, "noisy labels"),
+    ([1.0] * 80 + [-1.0] * 20, [2.0] * 29 + [-0.1] * 3, []),  # of 32 pairs nothing can be said
+    ([1.0] * 55 + [-1.0] * 45, [-1.0] * 2, []),
     ([1.0] * 99 + [-1.0], [2.0] * 70 + [-0.1] * 30, "overfit"),
-    ([1.0] * 68 + [-1.0] * 32, [1.0, 1.0, -1.0] * 40, "noisy labels"),
-    ([1.0] * 50 + [-1.0] * 50, [1.0, -1.0] * 50, "it has learned nothing")])
+    ([1.0] * 68 + [-1.0] * 32, [1.0, 1.0, -1.0] * 100, "noisy labels"),
+    ([1.0] * 50 + [-1.0] * 50, [1.0, -1.0] * 150, "it has learned nothing")])
 def test_accuracies(own, gap, expected):
     found = causes(doctor.accuracies(torch.tensor(own), torch.tensor(gap), 1000))
     assert found[:1] == ([expected] if expected else [])
@@ -109,7 +125,7 @@ class Reader:
             return prompt, texts, [rank(prompt, text) for text in texts], None, None
 
         self.data = {"preferences": ([example() for _ in range(200)], [example() for _ in range(100)])}
-        self.device = CPU
+        self.device, self.new = CPU, 20
 
     def scores(self, rows):
         return torch.tensor([float(self.score(BYTES.decode(row))) for row in rows])
@@ -199,7 +215,7 @@ def test_the_prompt_that_is_ignored_and_responses_that_do_not_end(tmp_path):
     gpt = tiny_gpt(vocab_size=BYTES.vocab_size)
     make_data(tmp_path, n=200)
     data, _ = files.read_data(tmp_path)
-    found = causes(doctor.sft_findings(doctor.Case(gpt, None, BYTES, data, None, CPU), None))
+    found = causes(doctor.sft_findings(doctor.Case(gpt, None, BYTES, data, None, CPU, 32), None))
     assert "responses do not end" in found
 
 
@@ -213,17 +229,22 @@ def ppo_log(updates=30, config=(), held=(), **columns):
     steps = [{"step": i + 1} | {name: a if i == 0 else b for name, (a, b) in healthy.items()}
              for i in range(updates)]
     cfg = SimpleNamespace(**{"no_eos_score": -1.0, "update_kl": 0.05} | dict(config))
-    return Log(cfg, steps, [{"update": 10 * i, "gold": x} for i, x in enumerate(held)])
+    return Log(cfg, steps, [{"update": 10 * i, "gold": x} for i, x in enumerate(held)], False)
 
 
 @pytest.mark.parametrize("log, expected", [
     (ppo_log(), []),
     (ppo_log(value_loss=(900.0, 50.0)), "scores are far from a standard deviation of 1"),
     (ppo_log(eos=(1.0, 0.1), score=(0.0, 4.9), config={"no_eos_score": 5.0}), "a missing end pays"),
-    (ppo_log(config={"no_eos_score": 0.1}), "a missing end pays"),  # nothing has happened yet
-    (ppo_log(eos=(1.0, 0.1)), []),
+    (ppo_log(config={"no_eos_score": 5.0}), "a missing end pays"),  # nothing has happened yet
+    (ppo_log(config={"no_eos_score": 0.1}), []),  # and nothing will: the responses are worth more
+    (ppo_log(eos=(1.0, 0.1)), "responses no longer end"),
+    (ppo_log(length=(50.0, 3.0)), "responses shrink to almost nothing"),
+    (ppo_log(score=(0.0, None)), "numbers are not finite"),
     (ppo_log(update_kl=(0.001, 0.1)), "the learning rate is too high"),
-    (ppo_log(explained=(-1.0, None)), "the critic does not learn"),
+    (ppo_log(explained=(-1.0, -0.5)), "the critic does not learn"),
+    (ppo_log(explained=(None, None)), []),  # all returns were equal
+    (ppo_log(held=(0.4, 0.8, 0.6), kl=(0.0, 0.1)), []),  # that few nats are chance
     (ppo_log(explained=(-1.0, -0.3), updates=10), []),
     (ppo_log(kl=(0.0, 30.0)), "over-optimisation"),
     (ppo_log(held=(0.4, 0.8, 0.6)), "over-optimisation"),
@@ -233,7 +254,8 @@ def ppo_log(updates=30, config=(), held=(), **columns):
     (ppo_log(score=(0.0, -0.5)), "the score does not rise"),
     (ppo_log(entropy=(0.7, 0.01)), "the policy repeats itself")])
 def test_ppo(log, expected, tmp_path):
-    assert causes(files.ppo_findings(log, tmp_path)) == ([expected] if expected else [])
+    found = causes(files.ppo_findings(log, tmp_path))
+    assert [cause.split(":")[0] for cause in found[:1]] == ([expected] if expected else [])
 
 
 def sample(model, score, eos, response="One fox ran home."):
@@ -272,6 +294,18 @@ def test_a_whole_run_and_a_part_of_one(tmp_path):
     titles = [*doctor.TITLES.values()]
     assert [line for line in done.stdout.splitlines() if line in titles] == titles
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for name in ("sft.pt", "rm.pt"):
+        (out / name).rename(tmp_path / name)
+        done = run("--out", out)
+        assert f"not examined: {name} not found" in done.stdout or name == "rm.pt", done.stdout
+        assert done.stdout.endswith(" is ill\n") or "verdict: " in done.stdout
+    assert "not examined: sft.pt and rm.pt not found" in done.stdout
+    for name in ("sft.pt", "rm.pt"):
+        (tmp_path / name).rename(out / name)
+    (out / "rm.pt").write_bytes(b"junk")
+    (out / "ppo.samples.jsonl").write_text('{"prompt": "x", "resp')
+    done = run("--out", out)
+    assert done.returncode == 0 and done.stdout.count("not examined: ") == 2 and "verdict: " in done.stdout
     log = out / "ppo.log.jsonl"
     (out / "ppo.state.jsonl").write_text(log.read_text()[:-20])  # of a run that goes on
     assert run("--out", out).returncode == 0

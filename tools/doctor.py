@@ -23,17 +23,16 @@ from lib.fast import prepare
 from lib.flags import one_sentence, pick_device
 from lib.generate import generate
 from lib.output import make_harmless
-from lib.report import accuracy, calibration_error, distinct_2, half_width, held_out_pairs
+from lib.report import accuracy, calibration_error, distinct_2, half_width, held_out_pairs, wilson
 from lib.rewards import score_rows
-from lib.start import spread
 from model import GPT, RewardModel
 from tools import doctor_files as files
-from tools.doctor_files import LIMITS, Finding
+from tools.doctor_files import LIMITS, Finding, sample
 from train_sft import evaluate
 
 BUDGET = 16_384  # tokens in a forward pass
 SOME, PAIRS = 400, 1000  # demonstrations and rankings of each file that a network reads, at most
-PROMPTS, N = 64, 16  # held-out prompts that are answered; half of them N times
+PROMPTS, N = 64, 16  # held-out prompts that are answered, so many at once; half of them N times
 TITLES = {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}
 
 
@@ -46,6 +45,7 @@ class Case(NamedTuple):
     data: dict  # of read_data
     world: object  # that knows the true scores, or None
     device: torch.device
+    new: int  # tokens of the longest response
 
     def scores(self, rows):
         return score_rows(self.rm, rows, BUDGET, self.device)
@@ -60,14 +60,16 @@ class Case(NamedTuple):
         """Responses of the SFT model to n held-out prompts, `each` to every one: prompts, responses, and
         the tokens of both."""
         name = next(name for name in ("prompts", "sft", "preferences") if name in self.data)
-        asked = [x if name == "prompts" else x[0] for x in self.data[name][1][:n] for _ in range(each)]
-        room, eos = self.gpt.config.block_size, self.tokenizer.eos
-        prompts = encode_prompts(asked, self.tokenizer, room // 2, "prompts")
-        tokens, P = pad(prompts, self.device)
-        tokens, lengths = generate(self.gpt.eval(), tokens, P, room - tokens.shape[1], eos=eos,
-                                   generator=torch.Generator(self.device).manual_seed(0))
-        rows = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-        return asked, [self.tokenizer.decode(row[p:]) for row, p in zip(rows, P.tolist(), strict=True)], rows
+        asked = [x if name == "prompts" else x[0] for x in sample(self.data[name][1], n) for _ in range(each)]
+        room, generator = self.gpt.config.block_size, torch.Generator(self.device).manual_seed(0)
+        prompts, rows = encode_prompts(asked, self.tokenizer, max(1, room - self.new), "prompts"), []
+        for start in range(0, len(prompts), PROMPTS):
+            tokens, P = pad(prompts[start : start + PROMPTS], self.device)
+            tokens, lengths = generate(self.gpt.eval(), tokens, P, min(self.new, room - tokens.shape[1]),
+                                       eos=self.tokenizer.eos, generator=generator)
+            rows += [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        texts = [self.tokenizer.decode(row[len(prompt):]) for row, prompt in zip(rows, prompts, strict=True)]
+        return asked, texts, rows
 
 
 # ---- SFT ----
@@ -75,10 +77,10 @@ class Case(NamedTuple):
 def sft_findings(case, log):
     gpt, (train, val) = case.gpt, case.data["sft"]
     room = gpt.config.block_size
-    rows, held = (encode_demonstrations(spread(some)[:SOME], case.tokenizer, room, name)
+    rows, held = (encode_demonstrations(sample(some, SOME), case.tokenizer, room, name)
                   for some, name in ((train, "sft.jsonl"), (val, "sft_val.jsonl")))
     loss, own = (evaluate(gpt, some, BUDGET, case.device) for some in (held, rows))
-    if log:
+    if log and log.config.lr:
         yield from learned(gpt, rows, len(train), log, loss)
     yield Finding(f"loss {loss:.3f} nats a token on held-out texts, {own:.3f} on training texts",
                   loss > LIMITS["overfit"] * own, "overfit", "more demonstrations, or fewer --epochs")
@@ -92,7 +94,7 @@ def sft_findings(case, log):
     ended = fmean(row[-1] == case.tokenizer.eos for row in responses)
     yield Finding(f"{ended:.0%} of the responses end", ended < LIMITS["ends"],
                   "responses do not end", "the loss must include end-of-text, texts fit into --block-size")
-    varied, usual = distinct_2(texts), distinct_2([text for _, text in spread(train)[: len(texts)]])
+    varied, usual = distinct_2(texts), distinct_2([text for _, text in sample(train, len(texts))])
     yield Finding(f"distinct_2 of the responses {varied:.2f}, of as many demonstrations {usual:.2f}",
                   varied < LIMITS["alike"] * usual, "all responses are alike",
                   "more demonstrations, or another --lr")
@@ -124,18 +126,18 @@ def learned(gpt, rows, n, log, loss):
 
 def rm_findings(case):
     train, val = case.data["preferences"]
-    groups, held = (encode_rankings(spread(some)[:PAIRS], case.tokenizer, case.rm.room, name)
+    groups, held = (encode_rankings(sample(some, PAIRS), case.tokenizer, case.rm.room, name)
                     for some, name in ((train, "preferences.jsonl"), (val, "preferences_val.jsonl")))
     (own, _), (gap, scores) = case.gaps(groups), case.gaps(held)
     yield from accuracies(own, gap, len(scores))
     lengths = torch.tensor([float(len(row)) for group in held for row in group.rows])
-    along = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item()
+    along = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].nan_to_num().item()
     yield Finding(f"correlation of score and length {along:+.2f}", abs(along) > LIMITS["length"],
                   "it reads the length only", "collect pairs of like length")
     others = [a._replace(rows=[b.prompt + row[len(a.prompt) :] for row in a.rows])
               for a, b in neighbours(held)]
     others = [group for group in others if max(map(len, group.rows)) <= case.rm.room]
-    if others and files.related(files.texts_of("preferences", val)):
+    if len(gap) >= LIMITS["few pairs"] and others and files.related(files.texts_of("preferences", val)):
         right, swapped = (accuracy(gaps).mean().item() for gaps in (gap, case.gaps(others)[0]))
         yield Finding(f"accuracy {swapped:.1%} with the prompts of other examples",
                       right - swapped < LIMITS["reads"] * (right - 0.5), "the prompt is not read",
@@ -147,16 +149,19 @@ def rm_findings(case):
 def accuracies(own, gap, texts):
     """own, gap: better - worse of training and of held-out pairs; the latter are of so many texts."""
     right, known = accuracy(gap).mean().item(), accuracy(own).mean().item()
-    half, loss = half_width(right, len(gap), texts), -F.logsigmoid(gap).mean()
-    yield Finding(f"accuracy {right:.1%} +- {half:.1%} on held-out pairs", right + half < 0.5,
+    half, most = half_width(right, len(gap), texts), wilson(right, min(len(gap), texts))[1]
+    noise = max(LIMITS["noisier"], 1.5 * half)
+    yield Finding(f"accuracy {right:.1%} +- {half:.1%} on held-out pairs", most < 0.5,
                   "the labels are reversed", "exchange chosen and rejected in preferences.jsonl")
-    yield Finding(f"accuracy {known:.1%} on training pairs", known < right - LIMITS["noisier"],
+    yield Finding(f"accuracy {known:.1%} on training pairs", known < right - noise,
                   "noisy labels", "many labels of preferences.jsonl are wrong: clean them")
-    yield Finding(f"loss {loss:.3f} nats on held-out pairs; calibration error {calibration_error(gap):.3f}",
-                  known > right + LIMITS["by heart"], "overfit",
+    yield Finding(f"loss {-F.logsigmoid(gap).mean():.3f} nats on held-out pairs; calibration error "
+                  f"{calibration_error(gap):.3f}", known > max(right + LIMITS["by heart"], most), "overfit",
                   "more pairs, fewer --epochs, or more --dropout")
-    sure = accuracy(gap[gap.abs().argsort()[-len(gap) // 4 :]]).mean().item()
-    yield Finding(f"{sure:.1%} of the quarter with the largest margins are right", sure < LIMITS["sure"],
+    surest = accuracy(gap[gap.abs().argsort()[-(len(gap) // 4 or 1) :]])
+    sure = surest.mean().item()
+    yield Finding(f"{sure:.1%} of the quarter with the largest margins are right",
+                  len(surest) > 3 and wilson(sure, len(surest))[1] < LIMITS["sure"],
                   *(("noisy labels", "many labels say the opposite: clean them") if right - half > 0.5 else
                     ("it has learned nothing", "more pairs, more --epochs, or another --lr")))
 
@@ -164,17 +169,17 @@ def accuracies(own, gap, texts):
 def spoilt(case, held):
     """What the best responses score when they are spoilt."""
     generator, means = torch.Generator().manual_seed(0), {}
-    best = [(group.prompt, group.rows[group.ranks.index(min(group.ranks))]) for group in held[:SOME]]
+    best = [(group.prompt, group.rows[group.ranks.index(min(group.ranks))]) for group in held[:SOME]
+            if len(group.prompt) + 2 * max(map(len, group.rows)) <= case.rm.room]  # also repeated
     for name, change in (("as they are", lambda x: x), ("repeated", lambda x: x + x), ("empty", lambda x: []),
                          ("cut off", lambda x: x[: len(x) // 2]),
                          ("shuffled", lambda x: [x[i] for i in torch.randperm(len(x), generator=generator)])):
         rows = [prompt + change(row[len(prompt) : -1]) + [case.tokenizer.eos] for prompt, row in best]
-        rows = [row for row in rows if len(row) <= case.rm.room]
         means |= {name: case.scores(rows).mean().item()} if rows else {}
-    top = max(means, key=means.get)
+    top = max(means, key=means.get, default="")
     shown = ", ".join(f"{name} {x:+.2f}" for name, x in means.items())
     return Finding(f"mean score of the best responses: {shown}",
-                   means[top] > means.get("as they are", 0.0) + LIMITS["spoilt"],
+                   bool(top) and means[top] > means["as they are"] + LIMITS["spoilt"],
                    f"{top} texts score higher", "add such texts as rejected ones")
 
 
@@ -187,7 +192,7 @@ def best_of(case):
         gold = torch.tensor([*map(case.world.gold_score, asked, texts)]).view(-1, N)
         gain = (gold.gather(1, score.argmax(1, True))[:, 0] - gold.mean(1)).mean().item()
         lift += f" and {gain:+.2f} gold"
-    yield Finding(lift + " against their mean", gain < 0, "the labels are reversed",
+    yield Finding(lift + " against their mean", gain < -0.02, "the labels are reversed",
                   "exchange chosen and rejected: what it likes best is worse than most")
     known = files.texts_of("preferences", case.data["preferences"][0])
     seen = {pair for _, text in known for pair in files.word_pairs(text)}
@@ -199,24 +204,40 @@ def best_of(case):
 
 def examine(out, folder, world, logs, device):
     """Yields (stage, Finding), in order."""
-    def found(kind, name, stages):
-        """(model, path) of the checkpoint that the latest of the stages started from, or made."""
-        paths = [Path(getattr(logs[stage].config, name, "") or out / f"{name}.pt") for stage in stages
-                 if stage in logs]
-        path = next((path for path in paths if path.exists()), None)
-        return path and prepare(load(kind, path), device), path
-
-    (gpt, path), (rm, _) = found(GPT, "sft", ("ppo", "rm", "sft")), found(RewardModel, "rm", ("ppo", "rm"))
     cfg = next(iter(logs.values())).config
+    new = max(getattr(log.config, "max_new_tokens", None) or 0 for log in logs.values())
     data, trouble = files.read_data(folder, cfg.skip_bad, cfg.val_fraction)
-    case = Case(gpt, rm, path and load_tokenizer(path), data, world, device)
-    looks = {"sft": lambda: sft_findings(case, logs.get("sft")) if gpt and "sft" in data else (),
-             "rm": lambda: rm_findings(case) if gpt and rm and "preferences" in data else (),
-             "ppo": lambda: files.ppo_findings(logs["ppo"], out)}
     for stage, name in files.NAMES.items():
         if stage in logs:
             yield from ((stage, finding) for finding in files.data_findings(data, trouble, name))
-            yield from ((stage, finding) for finding in looks[stage]())
+            try:
+                for finding in (files.ppo_findings(logs[stage], out) if stage == "ppo" else
+                                networks(stage, out, data, world, logs, device, new)):
+                    yield stage, finding
+            except UserError as error:
+                yield stage, Finding(f"not examined: {error}")
+
+
+def networks(stage, out, data, world, logs, device, new):
+    """Findings of SFT or of the reward model, from the checkpoints that the latest stages read or made."""
+    def path(name, stages):
+        paths = [Path(getattr(logs[x].config, name, "") or out / f"{name}.pt") for x in stages if x in logs]
+        return next((path for path in paths if path.exists()), None)
+
+    if logs[stage].running:
+        yield files.unfinished_finding(logs[stage])
+        return
+    sft, rm = path("sft", ("ppo", "rm", "sft")), path("rm", ("ppo", "rm"))
+    needed = {"sft.pt": sft, **({"rm.pt": rm} if stage == "rm" else {}),
+              f"{files.NAMES[stage]}.jsonl": files.NAMES[stage] in data}
+    if lost := [name for name, there in needed.items() if not there]:
+        yield Finding(f"not examined: {' and '.join(lost)} not found")
+        return
+    gpt = prepare(load(GPT, sft), device)
+    new = min(new or gpt.config.block_size, gpt.config.block_size // 2)
+    scorer = prepare(load(RewardModel, rm), device) if stage == "rm" else None
+    case = Case(gpt, scorer, load_tokenizer(sft), data, world, device, new)
+    yield from sft_findings(case, logs["sft"]) if stage == "sft" else rm_findings(case)
 
 
 def show(found):
@@ -240,7 +261,7 @@ def main(args):
     folder, world = open_data(args.data or next(iter(logs.values())).config.data)
     ill = show(examine(args.out, folder, world, logs, device) if logs else files.folder_findings(folder))
     print("verdict: " + (f"{TITLES[ill[0]]} is ill: {ill[1].cause}. What to do: {ill[1].change}" if ill else
-                         "nothing is ill"))
+                         "nothing is ill in what was examined"))
 
 
 def read_args():

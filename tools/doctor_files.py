@@ -1,5 +1,6 @@
 """What the doctor finds in files, without a network: the limits, the data, the log of PPO."""
 import json
+import math
 from collections import Counter
 from statistics import fmean
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ LIMITS = {
     "leaked": 0.2,  # share of held-out texts that are training texts, too
     "both ways": 0.05,  # share of different pairs that are there in both orders
     "beside": (0.6, 0.55),  # share of responses closer to their own prompt: held out, training; by chance 0.5
+    "few pairs": 100,  # with fewer, some findings would be chance
     "longer": 0.95,  # share of pairs whose better response is the longer one
     "behind": 0.1,  # nats between the network and counts of token pairs
     "rate": 5,  # times the learning rate by rule
@@ -28,7 +30,7 @@ LIMITS = {
     "prompt": 0.02,  # nats that the prompt of another example costs
     "ends": 0.5,  # share of responses
     "alike": 0.5,  # distinct_2 of responses over that of demonstrations
-    "noisier": 0.04,  # accuracy that training pairs lack to held-out pairs: three standard errors of 2,000
+    "noisier": 0.04,  # accuracy that training pairs lack to held-out pairs, or 1.5 intervals of few pairs
     "by heart": 0.2,  # accuracy that held-out pairs lack to training pairs
     "sure": 0.8,  # accuracy on the quarter of the pairs with the largest margins
     "length": 0.9,  # correlation of score and length
@@ -41,6 +43,8 @@ LIMITS = {
     "fallen": 0.1,  # gold or judge (in sd) below its best so far
     "negative": -0.5,  # nats a response
     "gain": 0.05,  # sd of score in 20 updates or more
+    "short": 0.25,  # of the length at first
+    "same": 0.9,  # share of responses that begin with the same three words; half as many before PPO
     "entropy": 0.1,  # of that at first; lib/report.py warns at the same
 }
 
@@ -66,9 +70,22 @@ def read_data(folder, skip_bad=False, val_fraction=0.0):
         try:
             if path.exists():
                 found[name] = read_split(read, path, SimpleNamespace(skip_bad=skip_bad, val_fraction=share))
-        except UserError as error:
-            trouble[name] = Finding(str(error), True, "a file can't be read", "repair it, or give --skip-bad")
+        except UserError as error:  # too few examples to hold some out are no illness
+            ill = share == 0 or not readable(read, path, skip_bad)
+            trouble[name] = Finding(f"not examined: {error}", ill, "a file can't be read", "repair it")
     return found, trouble
+
+
+def readable(read, path, skip_bad):
+    try:
+        return bool(read(path, skip_bad))
+    except UserError:
+        return False
+
+
+def sample(examples, n):
+    """At most n of them, from beginning to end: a file may be sorted."""
+    return examples[:: max(1, -(-len(examples) // n))]
 
 
 def folder_findings(folder):
@@ -147,55 +164,85 @@ def pair_findings(train):
                   "drop the pairs that are there in both orders, as data.prepare does")
     longer = fmean((len(a) > len(b)) + 0.5 * (len(a) == len(b)) for _, a, b in pairs)
     yield Finding(f"the better response is the longer one in {longer:.1%} of the pairs",
-                  longer > LIMITS["longer"], "the preferences only say that longer is better",
+                  not 1 - LIMITS["longer"] < longer < LIMITS["longer"],
+                  f"the preferences only say that {'longer' if longer > 0.5 else 'shorter'} is better",
                   "collect pairs of like length")
 
 
 # ---- logs ----
 
+DEFAULTS = {"no_eos_score": -1.0, "update_kl": 0.05, "skip_bad": False, "val_fraction": 0.0, "lr": None,
+            "data": "stories", "epochs": None, "init": ""}  # of flags that an older log may lack
+
+
 class Log(NamedTuple):
     config: SimpleNamespace
     steps: list  # lines of the log with a "step"
     reports: list
+    running: bool  # or killed: what it makes is not there yet
 
 
 def read_log(out, stage):
     """The Log of a stage, of the unfinished run if there is one. None: it took no step."""
     for path in (out / f"{stage}.state.jsonl", out / f"{stage}.log.jsonl"):
-        if path.exists():
+        if path.is_file():
             whole = path.read_text(errors="replace").split("\n")[:-1]  # the last line may be half written
             try:
-                first, *lines = map(json.loads, whole)
-                config = SimpleNamespace(**first["config"])
-            except (ValueError, TypeError, KeyError):
+                lines = [line for line in map(json.loads, whole) if type(line) is dict]
+                config = SimpleNamespace(**DEFAULTS | lines[0]["config"])
+            except (ValueError, TypeError, LookupError):
                 raise UserError(f"{path} is no log of ours, or is damaged") from None
             steps = [line for line in lines if "step" in line]
+            reports = [line["report"] for line in lines if type(line.get("report")) is dict]
             if steps:
-                return Log(config, steps, [line["report"] for line in lines if "report" in line])
+                return Log(config, steps, reports, "state" in path.name)
     return None
+
+
+def course(log, name):
+    """What a column was at first, and its mean over the last quarter of the run; None: nowhere a number."""
+    x = [x for line in log.steps if type(x := line.get(name)) in (int, float) and math.isfinite(x)]
+    return (x[0], fmean(x[-max(1, len(x) // 4) :])) if x else None
+
+
+def unfinished_finding(log):
+    """Of an SFT model or a reward model that is still being trained."""
+    was, now = course(log, "loss") or (0.0, 0.0)
+    return Finding(f"not finished: {log.steps[-1]['step']} steps, loss {was:.3f} at first, {now:.3f} at last",
+                   len(log.steps) > 5 and now > was, "the loss rises", "lower --lr")
 
 
 def ppo_findings(log, out):
     """Of the log in the folder `out`, and of ppo.samples.jsonl beside it."""
-    cfg, steps, first = log.config, log.steps, log.steps[0]
-    late = steps[-max(1, len(steps) // 4) :]
-    last = {name: fmean(line.get(name) or 0.0 for line in late) for name in first}
-    was = {name: f"{name} {x or 0.0:.3g} at first, {last[name]:.3g} at last" for name, x in first.items()}
-    yield Finding(was["eos"] + f"; a missing end scores {cfg.no_eos_score:g}",
-                  cfg.no_eos_score > first["score"], "a missing end pays", "lower --no-eos-score")
-    stops = fmean((line.get("update_kl") or 0.0) > 1.5 * cfg.update_kl for line in steps)
-    yield Finding(f"{stops:.0%} of the updates were cut short by --update-kl; {was['clipped']}",
-                  stops > LIMITS["stopped"], "the learning rate is too high", "lower --lr")
-    yield Finding(was["value_loss"], last["value_loss"] > LIMITS["value loss"],
-                  "scores are far from a standard deviation of 1", "give --reward-scale first")
-    yield Finding(was["explained"], len(steps) >= 15 and last["explained"] < LIMITS["explained"],
-                  "the critic does not learn", "raise --critic-lr")
-    yield kl_finding(log, was["kl"], last["kl"])
-    yield Finding(was["score"], len(steps) >= 20 and last["score"] - first["score"] < LIMITS["gain"],
-                  *(("the policy hardly moves", "raise --lr or lower --kl-coef") if abs(last["kl"]) < 0.5 else
-                    ("the score does not rise", "lower --lr")))
-    yield Finding(was["entropy"], last["entropy"] < LIMITS["entropy"] * first["entropy"],
-                  "the policy repeats itself", "raise --kl-coef or lower --lr")
+    cfg, n = log.config, len(log.steps)
+    score, kl = (course(log, name) or (0.0, 0.0) for name in ("score", "kl"))
+    lost = fmean(line.get("score") is None or line.get("kl") is None for line in log.steps)
+    yield Finding(f"{lost:.0%} of the updates have no score or no KL", lost > 0, "numbers are not finite",
+                  "lower --lr")
+    stops = fmean((line.get("update_kl") or 0.0) > 1.5 * cfg.update_kl for line in log.steps)
+    yield Finding(f"{stops:.0%} of the updates were cut short by --update-kl", stops > LIMITS["stopped"],
+                  "the learning rate is too high", "lower --lr")
+    pays = cfg.no_eos_score > score[0]
+    for name, ill, cause, change in (
+            ("eos", lambda a, b: pays and (b < a - 0.1 or cfg.no_eos_score > score[1]),
+             f"a missing end pays: it scores {cfg.no_eos_score:g}", "lower --no-eos-score"),
+            ("eos", lambda a, b: b < LIMITS["ends"] * a, "responses no longer end", "lower --no-eos-score"),
+            ("value_loss", lambda a, b: b > LIMITS["value loss"],
+             "scores are far from a standard deviation of 1", "give --reward-scale first"),
+            ("explained", lambda a, b: n >= 15 and b < LIMITS["explained"], "the critic does not learn",
+             "raise --critic-lr"),
+            ("kl", None, "", ""),
+            ("score", lambda a, b: n >= 20 and b - a < LIMITS["gain"],
+             *(("the policy hardly moves", "raise --lr or lower --kl-coef") if abs(kl[1]) < 0.5 else
+               ("the score does not rise", "lower --lr"))),
+            ("entropy", lambda a, b: b < LIMITS["entropy"] * a, "the policy repeats itself",
+             "raise --kl-coef or lower --lr"),
+            ("length", lambda a, b: b < LIMITS["short"] * a, "responses shrink to almost nothing",
+             "raise --kl-coef; look whether the reward prefers short texts"),
+            ("clipped", lambda a, b: False, "", "")):
+        if seen := course(log, name):
+            text = f"{name} {seen[0]:.3g} at first, {seen[1]:.3g} at last"
+            yield Finding(text, ill(*seen), cause, change) if ill else kl_finding(log, text, seen[1])
     if (path := out / "ppo.samples.jsonl").exists():
         yield from sample_findings([line for line, *_ in read_responses(path)])
 
@@ -203,7 +250,7 @@ def ppo_findings(log, out):
 def sample_findings(lines):
     """Of ppo.samples.jsonl: what the gain is made of, and how alike the responses begin."""
     both = [[line for line in lines if line.get("model") == model] for model in ("SFT", "PPO")]
-    if not all(both):
+    if not all(both) or not all(type(line.get(name)) is float for line in lines for name in ("score", "eos")):
         return
     ends = gain_from_ends(*({name: [line[name] for line in some] for name in ("score", "eos")}
                             for some in both))
@@ -211,17 +258,19 @@ def sample_findings(lines):
                   bool(ends), "better only by --no-eos-score", "change --no-eos-score or --max-new-tokens")
     begins = [Counter(tuple(line["response"].split()[:3]) for line in some) for some in both]
     was, now = (max(some.values()) / sum(some.values()) for some in begins)
-    yield Finding(f"the commonest three words begin {was:.0%} of SFT's responses, {now:.0%} of PPO's")
+    yield Finding(f"the commonest three words begin {was:.0%} of SFT's responses, {now:.0%} of PPO's",
+                  now > LIMITS["same"] and was < LIMITS["same"] / 2, "all responses begin alike",
+                  "raise --kl-coef or lower --lr; more different prompts")
 
 
 def kl_finding(log, text, kl):
     """The KL, and from which held-out report on the truth falls, where it is known."""
-    held = sorted((x for x in log.reports if "update" in x), key=lambda report: report["update"])
-    truth = next((name for name in ("gold", "judge") if held and name in held[-1]), None)
+    held = sorted((x for x in log.reports if x.get("update") is not None), key=lambda x: x["update"])
+    truth = next((name for name in ("gold", "judge") if held and all(name in x for x in held)), None)
     fallen = [report["update"] for i, report in enumerate(held) if truth and
               report[truth] < max(past[truth] for past in held[: i + 1]) - LIMITS["fallen"]]
     text += f"; {truth} has fallen at update {fallen[0]}" if fallen else ""
     if kl < LIMITS["negative"]:
         return Finding(text, True, "the KL is negative", "sample as the policy is scored: no top-k, no top-p")
-    over = kl > LIMITS["KL"] or bool(fallen) and fallen[-1] == held[-1]["update"]
+    over = kl > LIMITS["KL"] or bool(fallen) and fallen[-1] == held[-1]["update"] and kl > 1
     return Finding(text, over, "over-optimisation", "raise --kl-coef, or take an earlier policy: ppo.best.pt")
