@@ -11,6 +11,8 @@ from helpers import BYTES, CPU, PPO, ROOT, SIZES, jsonl, make_data, tiny_gpt
 import ppo
 import train_rm
 import train_sft
+from data.examples import encode_demonstrations
+from lib.baselines import ngram_losses
 from tools import doctor
 from tools import doctor_files as files
 from tools.doctor_files import Finding, Log
@@ -208,6 +210,18 @@ def config(script, tmp_path, **flags):
 def test_sft_that_has_learned_too_little(tmp_path, flags, expected):
     found = [f for stage, f in sft_case(tmp_path, **flags) if stage == "sft"]
     assert causes(found)[0] == expected
+
+
+def test_an_older_log_without_the_loss_of_counts(tmp_path):
+    """Counts of training texts must not be measured on these: their loss is then far too small."""
+    make_data(tmp_path, n=200)
+    gpt, (data, _) = tiny_gpt(vocab_size=BYTES.vocab_size), files.read_data(tmp_path)
+    case = doctor.Case(gpt, None, BYTES, data, None, CPU, 32)
+    rows, held = (encode_demonstrations(some, BYTES, 64, "") for some in data["sft"])
+    log = Log(SimpleNamespace(**files.DEFAULTS | {"lr": 1e-3}), [{"step": 9}], [], False)
+    expected = ngram_losses(rows, held, 257)[1]
+    assert causes(doctor.learned(case, rows[:9], held, log, expected + 0.09)) == []
+    assert causes(doctor.learned(case, rows[:9], held, log, expected + 0.11)) == ["too few steps"]
 
 
 def test_the_prompt_that_is_ignored_and_responses_that_do_not_end(tmp_path):

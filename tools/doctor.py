@@ -81,7 +81,7 @@ def sft_findings(case, log):
                   for some, name in ((train, "sft.jsonl"), (val, "sft_val.jsonl")))
     loss, own = (evaluate(gpt, some, BUDGET, case.device) for some in (held, rows))
     if log and log.config.lr:
-        yield from learned(gpt, rows, len(train), log, loss)
+        yield from learned(case, rows, held, log, loss)
     yield Finding(f"loss {loss:.3f} nats a token on held-out texts, {own:.3f} on training texts",
                   loss > LIMITS["overfit"] * own, "overfit", "more demonstrations, or fewer --epochs")
     others = [(b[:P] + a[p:], P) for (a, p), (b, P) in neighbours(held) if P + len(a) - p <= room]
@@ -108,12 +108,15 @@ def neighbours(items):
     return zip(items, items[1:] + items[:1], strict=True)
 
 
-def learned(gpt, rows, n, log, loss):
-    """The loss beside that of counts; if it is behind, the likelier of two causes. rows: some of the n
-    demonstrations."""
-    report = next((report for report in log.reports if "bigram_loss" in report), None)
-    bigram = report["bigram_loss"] if report else ngram_losses(rows, rows, gpt.config.vocab_size)[1]
-    cfg, tokens = log.config, sum(len(row) for row, _ in rows) * n // len(rows)
+def learned(case, rows, held, log, loss):
+    """The loss beside that of counts; if it is behind, the likelier of two causes. rows, held: some of the
+    demonstrations, and of the held-out ones."""
+    gpt, train = case.gpt, case.data["sft"][0]
+    bigram = next((report["bigram_loss"] for report in log.reports if "bigram_loss" in report), None)
+    if bigram is None:  # an older log
+        known = encode_demonstrations(train, case.tokenizer, gpt.config.block_size, "sft.jsonl")
+        bigram = ngram_losses(known, held, gpt.config.vocab_size)[1]
+    cfg, tokens = log.config, sum(len(row) for row, _ in rows) * len(train) // len(rows)
     size = sum(p.numel() for p in gpt.parameters())
     rate = rules.sft(tokens, size, gpt.config.d_model, cfg.init, cfg.epochs)["lr"]
     behind = loss > bigram + LIMITS["behind"]
