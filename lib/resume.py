@@ -70,9 +70,8 @@ class Run:
         self._refuse_own_files(files)
         self.lock = lock(out)
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
-                      if name not in ("out", "resume", "save_every", "show", "save_critic",
-                                      # these change no result
-                                      "checkpoint_activations", "sft", "rm")}  # the last two are files
+                      if name not in ("out", "resume", "save_every", "show", "save_critic",  # no result is
+                                      "checkpoint_activations", "sft", "rm")}  # changed by these
         self.start["--device"] = f"{device} on a machine with {torch.cuda.device_count()} GPUs"
         real = partial(os.path.relpath, start=os.path.realpath(out))  # a path, however it is spelled
         self.start |= {name: real(os.path.realpath(x)) for name, x in self.start.items()

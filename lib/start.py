@@ -109,6 +109,6 @@ def start_rm(cfg, sft, folder):
     tokens, different = round(mean * len(texts)), round(mean * len(some))
     room = gpt.config.block_size - (cfg.pool == "token")
     cfg = fill(cfg, f"{tokens} tokens of ranked responses, width {gpt.config.d_model}",
-                     **rules.rm(tokens, different, gpt.config.d_model, cfg.epochs))
+               **rules.rm(tokens, different, gpt.config.d_model, cfg.epochs))
     cfg = fit_responses(cfg, folder, tokenizer, room)
     return load(GPT, sft, cfg.dropout) if cfg.dropout else gpt, tokenizer, train, val, cfg

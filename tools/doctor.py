@@ -75,6 +75,7 @@ class Case(NamedTuple):
 # ---- SFT ----
 
 def sft_findings(case, log):
+    """Of the SFT model; log: of its run, or None."""
     gpt, (train, val) = case.gpt, case.data["sft"]
     room = gpt.config.block_size
     rows, held = (encode_demonstrations(sample(some, SOME), case.tokenizer, room, name)
@@ -128,6 +129,7 @@ def learned(case, rows, held, log, loss):
 # ---- reward model ----
 
 def rm_findings(case):
+    """Of the reward model, and of what the SFT model writes for it."""
     train, val = case.data["preferences"]
     groups, held = (encode_rankings(sample(some, PAIRS), case.tokenizer, case.rm.room, name)
                     for some, name in ((train, "preferences.jsonl"), (val, "preferences_val.jsonl")))
