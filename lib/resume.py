@@ -69,9 +69,10 @@ class Run:
         self.critic = out / "critic.pt"  # PPO's
         self._refuse_own_files(files)
         self.lock = lock(out)
+        free = ("out", "resume", "save_every", "show", "save_critic", "checkpoint_activations",  # no result
+                "sft", "rm")  # files, which have a checksum below
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
-                      if name not in ("out", "resume", "save_every", "show", "save_critic",  # no result is
-                                      "checkpoint_activations", "sft", "rm")}  # changed by these
+                      if name not in free}
         self.start["--device"] = f"{device} on a machine with {torch.cuda.device_count()} GPUs"
         real = partial(os.path.relpath, start=os.path.realpath(out))  # a path, however it is spelled
         self.start |= {name: real(os.path.realpath(x)) for name, x in self.start.items()
