@@ -226,14 +226,15 @@ def test_an_older_log_without_the_loss_of_counts(tmp_path):
 
 
 def test_what_another_prompt_costs(tmp_path, monkeypatch):
-    """By a network whose loss is 1 where a completion does not begin as its prompt does, and by a blind one."""
+    """By a network whose loss is 1 where a completion does not begin as its prompt does; by a blind one."""
     both = [{"prompt": letter + ":", "completion": f"{letter}{i}"} for i in range(200) for letter in "xyz"]
     for name in ("sft.jsonl", "sft_val.jsonl"):
         jsonl(tmp_path / name, both)
     data, _ = files.read_data(tmp_path)
     case = doctor.Case(tiny_gpt(vocab_size=BYTES.vocab_size), None, BYTES, data, None, CPU, 32)
     for loss, expected in ((lambda row, P: row[0] != row[P], False), (lambda row, P: 0.0, True)):
-        monkeypatch.setattr(doctor, "evaluate", lambda gpt, rows, *_, loss=loss: fmean(loss(*x) for x in rows))
+        monkeypatch.setattr(doctor, "evaluate", lambda gpt, rows, *_, loss=loss: fmean(
+            loss(*x) for x in rows))
         assert ("the prompt is ignored" in causes(doctor.sft_findings(case, None))) == expected
 
 
@@ -241,7 +242,8 @@ def test_what_another_prompt_costs(tmp_path, monkeypatch):
 def test_a_stage_that_is_training_is_judged_by_its_log(tmp_path, losses, expected):
     """An older checkpoint beside it is another run's."""
     (tmp_path / "sft.pt").write_bytes(b"not to be read")
-    log = Log(SimpleNamespace(**files.DEFAULTS), [{"step": i, "loss": x} for i, x in enumerate(losses)], [], True)
+    steps = [{"step": i, "loss": x} for i, x in enumerate(losses)]
+    log = Log(SimpleNamespace(**files.DEFAULTS), steps, [], True)
     [finding] = doctor.networks("sft", tmp_path, {"sft": ()}, None, {"sft": log}, CPU, 9)
     assert finding.text.startswith("not finished: 9 steps") and causes([finding]) == expected
 
