@@ -27,7 +27,7 @@ import torch
 from data.examples import encode_demonstrations, open_data, open_prompts, pad, prompt_room, response_mask
 from data.records import read_sft
 from data.split import read_training
-from lib import report
+from lib import ranks, report
 from lib.checks_rm import check_start
 from lib.common import Cycle, clip_and_step, finite, masked_mean, micro_batches
 from lib.curve import Best
@@ -177,15 +177,14 @@ def assess(batch, models, cfg, where="held out"):
 
     (4) A response without end-of-text gets cfg.no_eos_score, whatever the reward model makes of it.
     """
-    B, T = batch["mask"].shape[0], batch["tokens"].shape[1]
-    device = batch["tokens"].device
-    new = {name: torch.zeros(B, T - 1, device=device) for name in ("logp", "ref_logp", "value")}
-    for index, b in micro_batches(batch, range(B), cfg.micro_batch):
+    new = {name: torch.zeros_like(batch["mask"], dtype=torch.float) for name in ("logp", "ref_logp", "value")}
+    for index, b in micro_batches(batch, range(len(batch["mask"])), cfg.micro_batch):
         t = b["mask"].shape[1]
         new["logp"][index, :t] = token_logps(models.policy, b["tokens"], cfg.temperature, b["mask"])
         new["ref_logp"][index, :t] = token_logps(models.ref, b["tokens"], cfg.temperature, b["mask"])
         new["value"][index, :t] = models.critic(b["tokens"][:, :-1])
     score = models.score(batch["tokens"], batch["lengths"], batch["P"])  # once, in the order of the prompts
+    new = {name: ranks.total(x) for name, x in new.items()}
     finite(where, score=score, **new)
     new["score"] = torch.where(batch["ended"], score, cfg.no_eos_score)
     raw = getattr(models.score, "raw", None)  # what a function returned, before it was scaled
@@ -244,7 +243,7 @@ def minibatch_backward(models, batch, part, cfg):
                        "update_kl": approx_kl(logp, b["logp"], mask), "value_loss": v_loss}
         for name, x in numbers.items():
             stats[name] += (share * x).item()
-    return stats
+    return {name: ranks.total(x) for name, x in stats.items()}
 
 
 # ---- the run ----

@@ -21,9 +21,10 @@ from data.examples import encode_prompts, encode_rankings, open_data, pad, promp
 from data.files import UserError
 from data.records import read_prompts
 from data.split import read_training
+from lib import ranks
 from lib.checks import check_model
 from lib.checks_rm import check_scores
-from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
+from lib.common import clip_and_step, count_steps, finite, pieces, set_lr, shuffled
 from lib.curve import SAMPLE, Curve, sample
 from lib.fast import prepare
 from lib.flags import Shared, bounded, cli, pick_device
@@ -99,7 +100,7 @@ def ranking_backward(rm, groups, micro_batch, device, step):
     ordered = [len(set(group.ranks)) > 1 for group in groups]  # prompts that make a pair
     rated = max(1, sum(len(group.rows) for group in groups if group.ratings))
     loss = right = 0.0
-    for piece in batches(**sizes(groups), budget=micro_batch):
+    for piece in pieces(**sizes(groups), budget=micro_batch):
         some = [groups[i] for i in piece]
         scores = rm.score(*pad([row for group in some for row in group.rows], device))
         numbers = ranking_loss(scores, [group.ranks for group in some])
@@ -108,7 +109,7 @@ def ranking_backward(rm, groups, micro_batch, device, step):
         finite(f"step {step}", loss=part)
         part.backward()
         loss, right = loss + part.item(), right + part_right.item()
-    return loss, right
+    return ranks.total(loss), ranks.total(right)
 
 
 def normalise(rm, gpt, groups, prompts, tokenizer, cfg, device):

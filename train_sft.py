@@ -16,8 +16,9 @@ import torch
 from data.examples import encode_demonstrations, open_data, pad, response_mask
 from data.records import ANSWER, read_sft
 from data.split import read_split
+from lib import ranks
 from lib.checks import check_model
-from lib.common import batches, clip_and_step, count_steps, finite, set_lr, shuffled
+from lib.common import clip_and_step, count_steps, finite, pieces, set_lr, shuffled
 from lib.curve import Curve, sample
 from lib.fast import in_pieces, prepare
 from lib.flags import Shared, bounded, cli, pick_device
@@ -71,24 +72,23 @@ def sft_backward(gpt, rows, micro_batch, device, where, weight=1.0):
     """Add the gradients of weight x the loss of `rows`, [(tokens, P)], to .grad, in pieces of micro_batch
     tokens; returns the loss, nats per supervised token. UserError, naming `where`: it is not finite."""
     count, total = sum(len(row) - P for row, P in rows), 0.0
-    for piece in batches([len(row) for row, _ in rows], micro_batch):
+    for piece in pieces([len(row) for row, _ in rows], micro_batch):
         loss, _ = sft_loss(gpt, *sft_batch([rows[i] for i in piece], device))
         finite(where, loss=loss)
         (weight * loss / count).backward()
         total += loss.item()
-    return total / count
+    return ranks.total(total) / count
 
 
 @torch.no_grad()
 def evaluate(gpt, rows, budget, device):
     """Loss per completion token in nats over all rows."""
     gpt.eval()
-    loss = count = 0
-    for index in batches([len(row) for row, _ in rows], budget):
-        part, n = sft_loss(gpt, *sft_batch([rows[i] for i in index], device))
-        loss, count = loss + part.item(), count + n
+    loss = 0.0
+    for index in pieces([len(row) for row, _ in rows], budget):
+        loss += sft_loss(gpt, *sft_batch([rows[i] for i in index], device))[0].item()
     gpt.train()
-    return loss / count
+    return ranks.total(loss) / sum(len(row) - P for row, P in rows)
 
 
 def make_optimizer(gpt, cfg):

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import time
+from pathlib import Path
 
 import torch
 
 from data.files import UserError
+from lib import ranks
 from lib.checkpoint import load, load_tokenizer, save  # noqa: F401, for callers
 
 
@@ -21,7 +23,7 @@ def batches(lengths, budget, generator=None, rows=None):
     """
     rows = rows or [1] * len(lengths)
     order = list(range(len(lengths)))
-    pool = len(order)
+    pool = max(1, len(order))
     if generator is not None:
         order = torch.randperm(len(order), generator=generator).tolist()
         tokens = sum(n * length for n, length in zip(rows, lengths, strict=True))
@@ -41,16 +43,23 @@ def batches(lengths, budget, generator=None, rows=None):
     return made
 
 
+def pieces(lengths, budget, rows=None):
+    """`batches` of this process's share of the indices: all of them where there is but one process."""
+    mine = ranks.share([n * length for n, length in zip(rows or [1] * len(lengths), lengths, strict=True)])
+    rows = rows and [rows[i] for i in mine]
+    return [[mine[i] for i in batch] for batch in batches([lengths[i] for i in mine], budget, rows=rows)]
+
+
 def masked_mean(x, mask):
     """Mean of x where mask is True; values outside the mask, NaN included, are ignored."""
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
 def micro_batches(batch, rows, budget):
-    """(rows, batch of those rows) in pieces of at most `budget` tokens, like lengths together, truncated
-    to the longest."""
+    """(rows, batch of those rows) of this process's share, in pieces of at most `budget` tokens, like lengths
+    together, truncated to the longest."""
     rows, lengths = list(rows), batch["lengths"].tolist()
-    for piece in batches([lengths[i] for i in rows], budget):
+    for piece in pieces([lengths[i] for i in rows], budget):
         index = [rows[i] for i in piece]
         T = max(lengths[i] for i in index)
         b = {name: x[index] for name, x in batch.items()}
@@ -106,10 +115,12 @@ def set_lr(optimizer, lr, step, steps, warmup, floor):
 
 
 def clip_and_step(model, optimizer, clip, step):
-    """Clip the gradient's norm, take the step, clear the gradients; returns the norm (a float).
+    """Add up the gradients of all processes, clip their norm, take the step, clear them; returns the norm (a
+    float).
 
     UserError: the gradient is not finite; then the weights stay as they were.
     """
+    ranks.add_gradients(model)
     try:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip, error_if_nonfinite=True)
     except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be told
@@ -137,6 +148,8 @@ class Log:
     """
 
     def __init__(self, path, config, steps, saved=None):
+        if ranks.RANK:  # only the first process keeps a log
+            path, saved = Path(os.devnull), None
         self.steps, self.start, self.lines, self.done = steps, time.monotonic(), 0, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         if saved:

@@ -4,13 +4,16 @@ import collections
 import dataclasses
 import inspect
 import re
+import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from data.files import UserError
+from lib import ranks
 from lib.checkpoint import limits
 from lib.fast import compiler_fault, keep_memory
 from lib.memory import check_sizes, exhausted
@@ -58,7 +61,9 @@ def cli(main, Config, legend=None):
         check_numbers(cfg)
         check_pairs(cfg)
         check_sizes(cfg, (device := pick_device(cfg.device)).type)
-        print(f"{Path(sys.argv[0]).name}: on {device}, threads: {torch.get_num_threads()}", flush=True)
+        ranks.start(device)
+        print(f"{Path(sys.argv[0]).name}: on {device}, {f'{ranks.COUNT} processes, ' * (ranks.COUNT > 1)}"
+              f"threads: {torch.get_num_threads()}", flush=True)
         warn_if_busy(device)
         main(cfg)
 
@@ -66,12 +71,17 @@ def cli(main, Config, legend=None):
 @contextmanager
 def one_sentence(name, remedy):
     """Inside, what the user can mend ends the program `name` with one sentence and exit code 1: a mistake,
-    a file, too little memory (`remedy` says what to lower), a compiler. Anything else keeps its traceback."""
+    a file, too little memory (`remedy` says what to lower), a compiler. Anything else keeps its traceback.
+    Of several processes each names itself: it may be the only one."""
+    name += f", process {ranks.RANK} of {ranks.COUNT}" * (ranks.COUNT > 1)
     try:
         yield
     except KeyboardInterrupt:  # before the first step, or pressed once more
         sys.exit(130)
     except Exception as error:
+        if ranks.RANK:  # the first process most likely says the same, and then torchrun ends this one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(2)
         if lack := exhausted(error):
             sys.exit(f"{name}: {lack} {remedy}")
         if isinstance(error, UserError) or isinstance(error, OSError) and not error.filename:

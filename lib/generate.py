@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.examples import pad
+from lib import ranks
 from lib.fast import fixed_steps, packed
 from lib.memory import check_generation
 from model import sample
@@ -104,8 +105,13 @@ def generate(gpt, tokens, lengths, max_new_tokens, temperature=1.0, top_k=None, 
         raise ValueError(f"{P} + {max_new_tokens} tokens > block_size {block_size}")
     check_generation(gpt.config, B, P, P + max_new_tokens, tokens.device.type)
     uniform = torch.rand(B, max_new_tokens, generator=generator, device=tokens.device)
+
+    def some(rows):
+        return _generate(gpt, tokens[rows], lengths[rows], uniform[rows], eos, temperature, top_k, top_p)
+
     with packed(gpt):
-        return _generate(gpt, tokens, lengths, uniform, eos, temperature, top_k, top_p)
+        made, ends = ranks.together(some, lengths)
+    return made[:, : int(ends.max())], ends
 
 
 def sample_texts(gpt, prompts, eos, max_new_tokens, generator, device):
@@ -146,7 +152,7 @@ def _generate(gpt, tokens, lengths, uniform, eos, *how):
                 rows, token, done = rows[going], token[going], done[going]
         if step + 1 < max_new_tokens:
             h = read(token[:, None], cache)[:, 0]
-    return tokens[:, : int(lengths.max())], lengths
+    return tokens, lengths
 
 
 def _read_prompts(gpt, tokens, lengths, S):

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from data.files import UserError, replace
+from lib import ranks
 from lib.checkpoint import (
     agrees,
     check_finite,
@@ -68,7 +69,7 @@ class Run:
             out / f"{name}.{end}" for end in ("samples.jsonl", "best.pt", "diverged.pt"))
         self.critic = out / "critic.pt"  # PPO's
         self._refuse_own_files(files)
-        self.lock = lock(out)
+        self.lock = None if ranks.RANK else lock(out)
         free = ("out", "resume", "save_every", "show", "save_critic", "checkpoint_activations",  # no result
                 "sft", "rm")  # files, which have a checksum below
         self.start = {"--" + name.replace("_", "-"): x for name, x in dataclasses.asdict(cfg).items()
@@ -124,30 +125,36 @@ class Run:
         A part is a model, an optimizer, a generator, a dict of plain numbers, or has state_dict and
         load_state_dict, which raises ValueError for what it can't continue from.
         """
-        saved, self.saved = self.saved, None
+        saved, self.saved, self.dropout = self.saved, None, getattr(cfg, "dropout", 0)
         generators = (torch.default_generator, *torch.cuda.default_generators)
         self.parts = parts | {f"rng{i}": generator for i, generator in enumerate(generators)}
-        if saved:
-            self._restore(saved, steps)
-        elif self.path.exists():  # else the log of an unfinished run is worth nothing
-            keep_previous(self.running_log)
-            keep_previous(self.path)
-        self.log = Log(self.running_log, cfg, saved["steps"] if saved else steps, saved)
+        with ranks.first_goes_ahead():
+            if saved:
+                self._restore(saved, steps)
+            elif self.path.exists() and not ranks.RANK:  # else the log of an unfinished run is worth nothing
+                keep_previous(self.running_log)
+                keep_previous(self.path)
+            self.log = Log(self.running_log, cfg, saved["steps"] if saved else steps, saved)
         self.step = self.saved_step = saved["step"] if saved else 0
         self.handlers = {n: signal.signal(n, self._stop) for n in stop_signals()}
         if saved:
             print(f"resuming after step {self.step} of {steps}")
-            if type(were := saved.get("threads")) is int and were != torch.get_num_threads():
-                print(f"with another number of threads than before ({were}) it rounds in another way, so it "
-                      "will not end with the same bits")
+            for name, count in counts().items():
+                if type(were := saved.get(name)) is int and were != count:
+                    print(f"with another number of {name} than before ({were}) it rounds in another way, so "
+                          "it will not end with the same bits")
         self._remember()
+        self._seed_dropout()
         return self.step
 
     def _restore(self, saved, steps):
         """Check the whole saved state, then load it. UserError: it is not a state of this run."""
+        if self.dropout and (were := saved.get("processes", 1)) != ranks.COUNT:
+            raise UserError("--resume: what dropout drops depends on the number of processes; the run in "
+                            f"{self.path} was started with {were!s:.9}, and this is {ranks.COUNT}")
         log, step = saved.get("log") or {}, saved.get("logged")
-        if not self.running_log.exists() and fingerprint(self.log_path, log) == log:  # killed within `finish`
-            replace(self.log_path, self.running_log)
+        if not (ranks.RANK or self.running_log.exists()) and fingerprint(self.log_path, log) == log:
+            replace(self.log_path, self.running_log)  # killed within `finish`
         if fingerprint(self.running_log, log) != log:
             raise UserError(f"--resume: {self.running_log} is missing, or is not the log of that run")
         try:
@@ -168,14 +175,15 @@ class Run:
             raise UserError(f"{self.path} does not fit this run ({why:.300})") from None
 
     def after(self, step, last=False):
-        """Call after every step: saves when due and at the last one, exits if a signal asked for it. last:
-        the run ends earlier than was planned."""
+        """Call after every step: saves when due and at the last one, exits if a signal asked for it, here or
+        in another process. last: the run ends earlier than was planned."""
         if last and step < self.log.steps:
             print(f"it ends here, {self.log.steps - step} steps early: on held-out data it was getting worse")
             self.log.steps = step
-        stop, every, steps = self.caught, self.cfg.save_every, self.log.steps  # once: a signal may come
+        stop, every, steps = int(ranks.total(self.caught, "MAX")), self.cfg.save_every, self.log.steps  # once
         try:
             if stop or step == steps or every and step % every == 0:
+                self._check_alike(step)
                 self.save_state(step)
         except UserError as error:
             if stop or step < steps:
@@ -186,6 +194,20 @@ class Run:
             sys.exit(128 + stop)
         self.step = step
         self._remember()
+        self._seed_dropout()
+
+    def _check_alike(self, step):
+        """UserError: of several processes, not all have the same weights to the bit."""
+        models = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        sums = torch.stack([p.double().sum() for model in models for p in model.parameters()])
+        if ranks.COUNT > 1 and not torch.equal(ranks.total(sums, "MAX"), -ranks.total(-sums, "MAX")):
+            raise UserError(f"step {step}: the processes' weights are no longer the same: does model.py or "
+                            "the loss draw random numbers of its own?")
+
+    def _seed_dropout(self):
+        """With several processes: other rows, so other random numbers, known from the step alone."""
+        if ranks.COUNT > 1 and self.dropout:
+            torch.manual_seed((self.cfg.seed + self.step * ranks.COUNT + ranks.RANK) % 2**63)
 
     def _remember(self):
         """What `save_now` can't read off later: the small parts as they are between two steps."""
@@ -206,8 +228,10 @@ class Run:
         for part in self.parts.values():
             if isinstance(part, torch.nn.Module):
                 check_finite(part, f"step {step}")
+        if ranks.RANK:
+            return
         os.fsync(self.log.file.fileno())
-        write(self.path, {"start": self.start, "threads": torch.get_num_threads(),
+        write(self.path, {"start": self.start, **counts(),
                           "step": step, "steps": self.log.steps, "logged": step,
                           "log": fingerprint(self.running_log, {"size": logged or self.log.file.tell()}),
                           "probes": {name: probe(part) for name, part in self.parts.items()
@@ -249,7 +273,7 @@ class Run:
 
     def save_diverged(self, best, tokenizer):
         """Write the weights that lib.curve.Best holds, if any, where no result is; the end of a sentence."""
-        if not best.now["step"]:
+        if ranks.RANK or not best.now["step"]:
             return ""
         save(self.diverged, best.copy, tokenizer, "other")
         return f"; {self.diverged} is the policy after update {best.now['step']}, the best before that"
@@ -258,6 +282,8 @@ class Run:
         """Write the reports (dicts of numbers) into the log, then put result, samples (dicts, if any), best
         (a lib.curve.Best, if any), critic (if any; PPO has both, or best alone), log and mark in place of the
         earlier generation. A kill at any moment leaves a whole generation or a state to resume from."""
+        if ranks.RANK:
+            return
         for numbers in reports:
             self.log.report(**numbers)
         os.fsync(self.log.file.fileno())
@@ -293,6 +319,11 @@ class Run:
         except UserError:  # corrupt, which must not keep the new result from being written
             return False
         return mark.get("result") == checksum(self.result)
+
+
+def counts():
+    """What rounding depends on."""
+    return {"threads": torch.get_num_threads(), "processes": ranks.COUNT}
 
 
 def says_plainly(saved):
@@ -340,6 +371,8 @@ def stop_signals():
 
 def tell(text):
     """Write to stderr from within a signal handler, where print is not safe; never into a file of ours."""
+    if ranks.RANK:
+        return
     try:
         os.write(sys.__stderr__.fileno(), text.encode())
     except (AttributeError, OSError, ValueError):

@@ -14,7 +14,8 @@ import torch
 from data.examples import pad
 from data.files import UserError
 from data.tokenizer import Tokenizer
-from lib.common import batches, finite, load, load_tokenizer, micro_batches
+from lib import ranks
+from lib.common import finite, load, load_tokenizer, micro_batches, pieces
 from lib.fast import prepare
 from lib.resume import crc
 from lib.state import check_plain
@@ -50,7 +51,8 @@ def load_models(cfg, device, run=None):
     ref = ready(copy.deepcopy(policy)).requires_grad_(False)
     if cfg.reward:
         scale = Scale() if cfg.reward_scale == "first" else None
-        score = TextScore(import_function(cfg.reward, run), cfg.reward, tokenizer, scale, run)
+        function = None if ranks.RANK else import_function(cfg.reward, run)  # the first process asks it
+        score = TextScore(function, cfg.reward, tokenizer, scale, run)
         critic = ready(RewardModel.from_gpt(policy))
         torch.nn.init.zeros_(critic.reward_head.weight)  # nothing is known of these scores: start at 0
     else:
@@ -73,10 +75,11 @@ def load_reward_model(path, gpt, tokenizer):
 
 def score_rows(rm, rows, budget, device):
     """Scores of token lists, in their order: -> (N,) on the CPU."""
-    scores = torch.empty(len(rows))
+    scores = torch.zeros(len(rows))
     with torch.inference_mode():
-        for index in batches([len(row) for row in rows], budget):
+        for index in pieces([len(row) for row in rows], budget):
             scores[index] = rm.score(*pad([rows[i] for i in index], device)).cpu()
+    scores = ranks.total(scores)
     finite("scoring", score=scores)
     return scores
 
@@ -88,7 +91,7 @@ def model_score(rm, micro_batch=math.inf):
         batch = {"tokens": tokens, "lengths": lengths}
         for index, b in micro_batches(batch, range(len(tokens)), micro_batch):
             scores[index] = rm.score(b["tokens"], b["lengths"])
-        return scores
+        return ranks.total(scores)
     return score
 
 
@@ -116,8 +119,8 @@ class TextScore:
         path = name.rpartition(":")[0]
         self.file = crc(path, None) if os.path.isfile(path) else 0
 
-    def __call__(self, tokens, lengths, P):
-        prompts, responses = split_texts(tokens, lengths, P, self.tokenizer)
+    def ask(self, prompts, responses):
+        """What the function makes of them, as floats. UserError: it fails, or that is nothing like it."""
         n = len(prompts)
         with user_code(f"--reward {self.name}", self.run):
             values, wrong = listed(self.function(prompts, responses), n), None
@@ -128,7 +131,12 @@ class TextScore:
         if wrong is not None:
             raise UserError(f"--reward {self.name} must return {n} finite numbers for {n} responses; it "
                             f"returned {wrong}{saved(self.run)}")
-        raw = torch.tensor(values, dtype=torch.float64)
+        return values
+
+    def __call__(self, tokens, lengths, P):
+        n = len(tokens)
+        values = [0.0] * n if ranks.RANK else self.ask(*split_texts(tokens, lengths, P, self.tokenizer))
+        asked = raw = ranks.total(torch.tensor(values, dtype=torch.float64))
         before = dict(vars(self.scale)) if self.scale else {}
         if self.scale:
             last = tokens[torch.arange(n, device=tokens.device), lengths - 1].cpu()
@@ -137,7 +145,7 @@ class TextScore:
         if not (raw.abs() <= LARGEST).all():
             if self.scale:
                 self.scale.__init__(**before)
-            worst = values[int(raw.abs().argmax())]
+            worst = asked[int(raw.abs().argmax())].item()
             raise UserError(f"--reward {self.name} returned values that are too large, such as {worst:.4g}: "
                             f"{'scaled, ' * bool(self.scale)}they must stay below {LARGEST:.0e}"
                             f"{saved(self.run)}")

@@ -1,0 +1,80 @@
+"""Several processes, one run: `torchrun --nproc-per-node N SCRIPT.py ...`, each with a GPU or some cores.
+
+All hold all data and models and take the same steps. Each computes its share of a batch's rows, sums over the
+processes make it whole, and random numbers are drawn for all rows by everyone: N processes give the numbers
+of one, to rounding. Only the first prints, logs and saves.
+"""
+import os
+import sys
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from data.files import UserError
+
+COUNT = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1  # torchrun sets both
+RANK = int(os.environ["RANK"]) if COUNT > 1 else 0
+
+
+def start(device):
+    """Join the others; all but the first fall silent. UserError: they can't share this device."""
+    if COUNT == 1:
+        return
+    if str(device) == "cuda" and (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    elif device.type != "cpu":
+        raise UserError(f"--device {device}: each process needs --device cpu, or cuda and a GPU of its own")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def total(x, op="SUM"):
+    """The sum over the processes, or the "MAX", of a number or tensor. UserError: one of them is gone."""
+    if COUNT == 1:
+        return x
+    made = x.clone() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
+    try:
+        dist.all_reduce(made, getattr(dist.ReduceOp, op))
+    except RuntimeError as error:
+        raise UserError(f"another process of this run has ended ({str(error).splitlines()[0]:.80})") from None
+    return made if torch.is_tensor(x) else made.item()
+
+
+def share(tokens):
+    """Indices of this process's rows, given the tokens in each: long and short ones are dealt out alike."""
+    order = sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True)
+    return sorted(order[RANK :: 2 * COUNT] + order[2 * COUNT - 1 - RANK :: 2 * COUNT])
+
+
+def together(function, tokens):
+    """function(rows) -> tensors with a row for each; returned for all rows, which have `tokens` (B,) each.
+    Where there are fewer rows than processes, each computes all."""
+    if not 1 < COUNT <= len(tokens):
+        return function(slice(None))
+    rows = torch.tensor(share(tokens.tolist()), device=tokens.device)
+    return [total(x.new_zeros(tokens.shape + x.shape[1:]).index_copy_(0, rows, x)) for x in function(rows)]
+
+
+def add_gradients(model):
+    """Sum the gradients over the processes in one message. A parameter without any anywhere keeps none."""
+    if COUNT == 1:
+        return
+    params = [p for p in model.parameters() if p.requires_grad]
+    parts = [torch.tensor([float(p.grad is not None) for p in params], device=params[0].device),
+             *(torch.zeros_like(p) if p.grad is None else p.grad for p in params)]
+    there, *grads = total(torch.cat([x.flatten() for x in parts])).split([x.numel() for x in parts])
+    for p, grad, n in zip(params, grads, there.tolist(), strict=True):
+        p.grad = grad.view_as(p) if n else None
+
+
+@contextmanager
+def first_goes_ahead():
+    """When all are here the first process does what is inside, and then the others do."""
+    total(0)
+    if RANK:
+        total(0)
+    yield
+    if not RANK:
+        total(0)
