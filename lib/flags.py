@@ -81,7 +81,7 @@ def one_sentence(name, remedy):
     except Exception as error:
         if ranks.RANK:  # the first process most likely says the same, and then torchrun ends this one
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(2)
+            time.sleep(5)
         if lack := exhausted(error):
             sys.exit(f"{name}: {lack} {remedy}")
         if isinstance(error, UserError) or isinstance(error, OSError) and not error.filename:
