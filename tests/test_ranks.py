@@ -145,7 +145,7 @@ def stop_alone():
 
 BUGS = {"gradients are not added up": lambda: setattr(ranks, "add_gradients", alone),
         "whitening of a process's own rows": whiten_own_rows,
-        "numbers of an update, and the KL stop, by own rows": lambda: inside(alone, ppo, "minibatch_backward"),
+        "the KL stop and an update's numbers by own rows": lambda: inside(alone, ppo, "minibatch_backward"),
         "the same rows everywhere": lambda: setattr(ranks, "share", lambda tokens: list(range(len(tokens)))),
         "held-out loss of the first process's rows": lambda: inside(alone, train_sft, "evaluate"),
         "a seed for each process": seed_by_rank,
@@ -161,8 +161,8 @@ def folder(tmp_path_factory):
     """Data, and what one process makes of it in `one`."""
     folder = tmp_path_factory.mktemp("ranks")
     make_data(folder / "data", n=48)
-    reward = "def a(prompts, responses):\n    print(len(prompts))\n    return [r.count('a') for r in responses]\n"
-    (folder / "reward.py").write_text(reward)
+    (folder / "reward.py").write_text("def a(prompts, responses):\n    print(len(prompts))\n"
+                                      "    return [r.count('a') for r in responses]\n")
     assert run(folder, "start", "sft", 1, "--lr 8e-3 --epochs 8") == [0]  # where texts end, for the others
     for stage in SCRIPTS:
         assert run(folder, "one", stage, 1) == [0]
@@ -191,23 +191,24 @@ def forker():
 
 
 def differences(folder, one, many, stage, count):
-    """What differs by more than 1e-6 (weights) or 1e-4 of it (numbers of the log) between a run of one process
-    and one of several, and to the bit between these."""
-    weights = torch.load(folder / one / f"{stage}.0.pt", weights_only=True)
-    model = {"sft": "gpt", "rm": "rm", "ppo": "policy"}[stage]
-    found = []
-    for rank in range(count):
-        other = torch.load(folder / many / f"{stage}.{rank}.pt", weights_only=True)
-        first = other if rank == 0 else first
-        for name, x in weights[model].items():
-            if not torch.equal(other[model][name], first[model][name]):
-                found.append(f"process {rank}: {name}")
-            # the head's bias drops out of every difference of scores: its gradient is rounding
-            if name not in ("reward_head.bias", "shift") and (other[model][name] - x).abs().max() > 1e-6:
-                found.append(f"{name}: {(other[model][name] - x).abs().max():.2g}")
+    """What differs by more than 1e-6 (weights) or 1e-4 of it (numbers of the log) between a run of one
+    process and one of several, and to the bit between these."""
+    weights = ended(folder, one, stage)
+    others = [ended(folder, many, stage, rank) for rank in range(count)]
+    found = [name for name, x in others[0].items() for other in others if not torch.equal(other[name], x)]
+    for name, x in weights.items():
+        # the head's bias drops out of every difference of scores: its gradient is rounding
+        if name not in ("reward_head.bias", "shift") and (others[0][name] - x).abs().max() > 1e-6:
+            found.append(f"{name}: {(others[0][name] - x).abs().max():.2g}")
     logs = [lines(folder / out / f"{stage}.log.jsonl")[1:] for out in (one, many)]
     pairs = [(x, y) for a, b in zip(*logs, strict=True) for x, y in zip(numbers(a), numbers(b), strict=True)]
     return found + [f"{x} is {y}" for x, y in pairs if x != pytest.approx(y, rel=1e-4, abs=1e-5)]
+
+
+def ended(folder, out, stage, rank=0):
+    """The weights at the end of a run, as one of its processes had them."""
+    model = {"sft": "gpt", "rm": "rm", "ppo": "policy"}[stage]
+    return torch.load(folder / out / f"{stage}.{rank}.pt", weights_only=True)[model]
 
 
 def numbers(x):
@@ -291,10 +292,8 @@ def test_dropout_differs_between_processes(folder):
 
 
 def assert_same_bits(folder, a, b, stage):
-    logs = [(folder / out / f"{stage}.log.jsonl").read_text().replace(f"{folder}/{out}", "") for out in (a, b)]
-    assert [line for line in logs[0].splitlines()[1:]] == [line for line in logs[1].splitlines()[1:]]
-    model = {"sft": "gpt", "rm": "rm", "ppo": "policy"}[stage]
-    ends = [torch.load(folder / out / f"{stage}.0.pt", weights_only=True)[model] for out in (a, b)]
+    assert lines(folder / a / f"{stage}.log.jsonl")[1:] == lines(folder / b / f"{stage}.log.jsonl")[1:]
+    ends = [ended(folder, out, stage) for out in (a, b)]
     assert all(torch.equal(ends[0][name], x) for name, x in ends[1].items())
 
 
