@@ -10,8 +10,9 @@
 and NAME_val.jsonl beside each. "ranks" is optional: smaller is better, equal ranks are ties. So are
 "ratings", one number a response, larger is better: the reward model learns them beside the order; and
 "gold", each response's true score where it is known: it is only reported, never trained on (without it
-the ratings are reported). A "prompt", "completion", "chosen" or "rejected" may also be a list of messages,
-{"role": "user", "content": "..."}; a response is then a single assistant turn. Messages become the text
+the ratings are reported). "subset" names a group, for tools/score.py to report on. A "prompt", "completion",
+"chosen" or "rejected" may also be a list of messages, {"role": "user", "content": "..."}; a response is then
+a single assistant turn. Messages become the text
 of Anthropic's HH, wherever they stand: "\\n\\nHuman: ...\\n\\nAssistant: ...", and a prompt ends with
 "\\n\\nAssistant:". The column names are TRL's, so its files work here.
 
@@ -300,6 +301,9 @@ def _preference(row):
         raise UserError('"ranks" does not put "chosen" above "rejected"; delete it, or swap the two')
     if len(set(ranks)) < 2:
         raise UserError("no response is ranked above another")
+    if isinstance(row.get("subset"), list):  # which text_of takes for messages
+        raise UserError('"subset" must be a string')
+    text_of({"subset": ""} | row, "subset")
     if len(set(responses)) < len(responses):
         raise UserError("two responses are identical")
     if "responses" in row:

@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers import jsonl, lines
 
+import data.tokenizer
 from data.examples import pad
 from data.files import UserError
-from data.tokenizer import get_tokenizer
+from data.records import read_preferences
+from data.tokenizer import from_spec, get_tokenizer, train_tokenizer
 from lib import checkpoint
 from model import GPT, RewardModel
 from tools import hf
@@ -43,7 +47,8 @@ def gpt2(monkeypatch):
 
 
 def exported(model, tmp_path, tokenizer="bytes", name="theirs"):
-    checkpoint.save(tmp_path / f"{name}.pt", model, get_tokenizer(tokenizer))
+    tokenizer = get_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    checkpoint.save(tmp_path / f"{name}.pt", model, tokenizer)
     hf.main(["export", str(tmp_path / f"{name}.pt"), str(tmp_path / name)])
     return tmp_path / name
 
@@ -548,6 +553,34 @@ def test_a_shard_that_is_damaged_gone_or_alone(tiny, tmp_path):
     refused(folder, tmp_path, f"neither model.safetensors nor pytorch_model.bin, and {A} without its .index")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_shard_that_the_index_does_not_list(tiny, tmp_path, name):
+    """Of another save into the same folder; shards of the other format may lie there, too."""
+    tensors, config, gpt = raw(tiny, tmp_path)
+    folder, _ = sharded(tensors, config, tmp_path, name)
+    stem, end = os.path.splitext(name)
+    for other in ("adapter-00001-of-00009" + end, f"{stem}-1-of-3{end}", f"{stem}-00001-of-00009.txt",
+                  f"{stem}.fp16-00001-of-00003{end}"):
+        (folder / other).touch()
+    assert torch.equal(imported(folder, tmp_path).trunk.wte.weight, gpt.trunk.wte.weight)
+    (tmp_path / "in.pt").unlink()
+    for extra in (f"{stem}-00004-of-00003{end}", f"{stem}-00001-of-00002{end}"):
+        (folder / extra).touch()
+        refused(folder, tmp_path, f"{extra} is a shard that {name}.index.json does not list; delete the one")
+
+
+def test_shards_of_a_wrapped_model_with_a_padded_vocabulary(tiny, tmp_path):
+    tensors, config, gpt = raw(tiny, tmp_path)
+    given, config = padded(tensors, config, 264)
+    given = {f"_orig_mod.module.transformer.{name}": x for name, x in given.items()}
+    folder, _ = sharded(given, config, tmp_path)
+    assert torch.equal(imported(folder, tmp_path).trunk.wte.weight, gpt.trunk.wte.weight)
+    given["module.ln_f.bias"] = torch.zeros(8)
+    folder, _ = sharded(given, config, tmp_path)
+    with pytest.raises(UserError, match="ln_f.bias' is present with and without the prefix"):
+        imported(folder, tmp_path)
+
+
 def test_an_index_that_is_no_json_or_huge(tiny, tmp_path, monkeypatch):
     tensors, config, _ = raw(tiny, tmp_path)
     folder, index = sharded(tensors, config, tmp_path)
@@ -575,7 +608,8 @@ def test_nothing_is_overwritten(tiny, tmp_path):
     exported(tiny(**BYTES), tmp_path)  # an empty folder may exist
     with pytest.raises(UserError, match="not empty; nothing is overwritten"):
         exported(tiny(**BYTES), tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
 def test_a_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):
@@ -609,18 +643,32 @@ def normalised(gpt):
     return rm
 
 
-def test_reward_head_is_folded(tiny, tmp_path, capsys):
-    rm = normalised(tiny(**BYTES))
+@pytest.mark.parametrize("bias", [True, False])
+def test_scores_of_the_export_are_ours_without_arithmetic(tiny, tmp_path, capsys, bias):
+    """Scale is in the head; what is added, in the bias of the norm before it, also where ours has none."""
+    rm = normalised(tiny(**BYTES, bias=bias))
     folder = exported(rm, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     weights = hf.read_safetensors(folder / "model.safetensors")
     tokens = torch.randint(257, (2, 9))
-    scores = rm.trunk(tokens)[:, -1] @ weights["score.weight"].T + config["score_constant"]
-    torch.testing.assert_close(scores[:, 0], rm.score(tokens, torch.tensor([9, 9])))
-    assert config["pad_token_id"] == 257 and config["vocab_size"] == 258
+    moved, ours = (x.get("transformer.ln_f.bias") for x in (weights, hf.their_weights(rm)))
+    h = rm.trunk(tokens)[:, -1] - ours + moved
+    torch.testing.assert_close((h @ weights["score.weight"].T)[:, 0], rm.score(tokens, torch.tensor([9, 9])),
+                               atol=1e-5, rtol=1e-5)
+    assert config["pad_token_id"] == 257 and config["vocab_size"] == 258 and "score_constant" not in config
     wte = weights["transformer.wte.weight"]
     assert wte.shape == (258, 32) and not wte[257].any()
-    assert f"transformers' score + {config['score_constant']:.6f}" in capsys.readouterr().out
+    assert ("scores are ours where eos, 256, is the last token; pad on the right with 257, a new id\n"
+            in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-42])
+def test_a_head_of_zeros_is_told(tiny, tmp_path, weight):
+    rm = normalised(tiny(**BYTES))
+    torch.nn.init.constant_(rm.reward_head.weight, weight)
+    with pytest.raises(UserError, match="theirs.pt gives every text the same score: the weights of its head"):
+        exported(rm, tmp_path)
+    assert os.listdir(tmp_path) == ["theirs.pt"]
 
 
 # ---- against the packages themselves ----
@@ -676,37 +724,213 @@ def test_transformers_scores_a_padded_batch_alike(transformers, tiny, tmp_path, 
     tokens, lengths = pad(rows)
     pads = torch.arange(tokens.shape[1]) >= lengths[:, None]
     scores = theirs.eval()(tokens.masked_fill(pads, theirs.config.pad_token_id)).logits[:, 0]
-    torch.testing.assert_close(scores + theirs.config.score_constant, rm.score(tokens, lengths), atol=1e-4,
-                               rtol=1e-4)
+    assert abs((rm.reward_head.bias - rm.shift) / rm.scale) > 1  # what they would be off by
+    torch.testing.assert_close(scores, rm.score(tokens, lengths), atol=1e-5, rtol=1e-5)
+
+
+# ---- their tokenizer ----
+
+WORDS = ("It's the naïve café: we'll see 12 or 345 ½ foxes, don't  we?\n\n\tΑθήνα и Москва; 漢字かな한국어 "
+         "नमस्ते مرحبا 👩‍👩‍👧‍👦 \u0301e\u0301 <|endoftext|> x_y==z!!! \x00\x07\xff\xa0\u2028")
+MADE_OF = [  # strings of single characters, and lists of longer parts
+    "abcdeststhe    ", "aAéß", " ", "\n", " \t\n\r\v\f\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000\ufeff",
+    [*map(chr, range(32))], [*map(chr, range(127, 160))], [*map(chr, range(256))],
+    [*map(chr, range(0x300, 0x370))], "😀👩🏽‍👧️🇬🇷", "漢字かなカナ한국어", "מרחבاहिनमस्ते",
+    "0123456789½²٣Ⅷ", ".,;:!?-_=(){}[]<>|", WORDS.split(" "), [" " + word for word in WORDS.split()],
+    ["<|endoftext|>", "<|pad|>", "<|", "|>", "</s>", "[PAD]", "<0x0A>", "Ġ", "Ċ", "▁", "##"],
+    ["'s", "'ll", "'LL", "'d", "'", "''ve", "'re"]]
+EDGES = [
+    "", " ", "  ", "\n", "\n\n\n x  \t\r\n", " a", "a ", "a  ", "a\n", "a \n", "a\n\n", "\xff", "\x00",
+    "\x7f", "\ufffd", "\U0010ffff", "<|endoftext|>", " <|endoftext|> ", "<|pad|>", "a" * 3000, " " * 3000,
+    "\n" * 999 + "x", "ab" * 2000, "!" * 2000, "7" * 2000, "é" * 1000, "e" + "\u0301" * 500, "👩‍" * 300,
+    "it's we'll  I'VE 123 4½", WORDS, WORDS * 9, "".join(map(chr, range(3000))),
+    bytes(range(256)).decode("latin-1"), bytes(range(256)).decode("utf-8", "replace")]
+
+
+def hostile(n, seed):
+    """n texts: the edges, then pieces of all kinds one after another, any code points, broken UTF-8, runs."""
+    rng = random.Random(seed)
+
+    def piece():
+        size, kind = rng.choice([1, 1, 2, 3, 9, 40]), rng.random()
+        if kind < 0.1:
+            return "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
+                           for _ in range(size))
+        if kind < 0.2:
+            return rng.randbytes(size).decode("utf-8", "replace")
+        made_of = rng.choice(MADE_OF)
+        return (rng.choice(made_of) * rng.choice([size, 9 * size]) if kind < 0.35 else
+                "".join(rng.choices(made_of, k=size)))
+    return EDGES + ["".join(piece() for _ in range(rng.randint(1, 7))) for _ in range(n - len(EDGES))]
+
+
+def trained(vocab_size=700):
+    """A BPE of ours, with words of all scripts in it, cut between and within characters."""
+    return train_tokenizer([WORDS * 2, *hostile(1500, 7)], vocab_size)
+
+
+def invented(seed, letters=b"ab \xc3\xa9"):
+    """A BPE that nobody trained: tokens with several pairs of halves, or none, in any order."""
+    rng, ranks = random.Random(seed), {bytes([i]): i for i in range(256)}
+    while len(ranks) < 320:
+        token = bytes(rng.choices(letters, k=rng.randint(2, 6)))
+        ranks.setdefault(token, len(ranks))
+    return from_spec({"name": "invented", "bpe": data.tokenizer._dump(ranks)})
+
+
+def against_ours(theirs, ours, texts, seed=0):
+    """Both encode and decode all texts alike, and decode any ids alike."""
+    made = theirs(texts)["input_ids"]
+    for text, ids in zip(texts, made, strict=True):
+        assert ids == ours.encode(text), ascii(text[:200])
+        assert theirs.decode(ids) == ours.decode(ids) == text, ascii(text[:200])
+    rng = random.Random(seed)
+    for _ in range(len(texts) // 10):
+        ids = rng.choices(range(ours.vocab_size), k=rng.randint(0, 20))
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), ids
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained", "gpt2"])
+def test_10000_texts_in_auto_tokenizer(transformers, tiny, tmp_path, gpt2, kind):
+    ours = trained() if kind == "trained" else get_tokenizer(kind)
+    folder = exported(tiny(vocab_size=ours.vocab_size), tmp_path, ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    against_ours(theirs, ours, hostile(10_000, 1))
+    assert (theirs.eos_token, theirs.eos_token_id) == ("<|endoftext|>", ours.eos)
+    assert len(theirs) == ours.vocab_size and theirs.pad_token is None and theirs.model_max_length == 64
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_ranks_give_the_same_tokens(transformers, tiny, tmp_path, seed):
+    """Nobody need have trained them: a user's file may hold tokens that no merge leads to."""
+    ours, rng = invented(seed), random.Random(seed)
+    folder = exported(tiny(vocab_size=ours.vocab_size), tmp_path, ours)
+    texts = ["".join(rng.choices("aab éÉ", k=rng.randint(1, 60))) for _ in range(500)]
+    against_ours(transformers.AutoTokenizer.from_pretrained(folder), ours, texts)
+
+
+def test_characters_are_of_the_same_kind():
+    """Whether a character is a letter, a number, a sign or a blank decides what it is in one word with: a
+    token each of it after a letter, a digit, a sign and a space shows it."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (with transformers)")
+    rest = [*range(0x3100, 0xD800), *range(0xE000, 0x110000)]
+    chars = [chr(i).encode() for i in [*range(0x3100), *random.Random(0).sample(rest, 4000)]]
+    tokens = [char[:i] for char in chars for i in range(1, len(char) + 1)]
+    tokens += [start + char for char in chars for start in (b"a", b"1", b"!", b" ")]
+    ranks = {token: rank for rank, token in enumerate(dict.fromkeys([*map(bytes, zip(range(256))), *tokens]))}
+    ours = from_spec({"name": "kinds", "bpe": data.tokenizer._dump(ranks)})
+    theirs = tokenizers.Tokenizer.from_str(hf.their_tokenizer(ours, 64, None)["tokenizer.json"])
+    texts = [start + char.decode() for char in chars for start in "a1! "]
+    for text, made in zip(texts, theirs.encode_batch(texts), strict=True):
+        assert made.ids == ours.encode(text), ascii(text)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained"])
+def test_a_folder_opens_alone(transformers, tiny, tmp_path, kind):
+    """As docs/gpt2.md has it, without the network and without this project: text in, our score out."""
+    ours = trained() if kind == "trained" else get_tokenizer(kind)
+    gpt = tiny(vocab_size=ours.vocab_size)
+    rm = normalised(gpt)
+    texts = [("Tell a story.", " Once, there was a fox."), ("<|endoftext|>", " é"), ("?", "")]
+    rows = [ours.encode(a) + ours.encode(b) + [ours.eos] for a, b in texts]
+    folder = exported(rm, tmp_path, ours)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    made = [tokenizer(a)["input_ids"] + tokenizer(b)["input_ids"] + [tokenizer.eos_token_id]
+            for a, b in texts]
+    assert made == rows and len(tokenizer) == ours.vocab_size + 1 == tokenizer.pad_token_id + 1
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    scores = model(**tokenizer.pad({"input_ids": made}, return_tensors="pt")).logits[:, 0]
+    torch.testing.assert_close(scores, rm.score(*pad(rows)), atol=1e-5, rtol=1e-5)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported(gpt, tmp_path, ours, "lm")).eval()
+    tokens = tokenizer(WORDS, truncation=True, max_length=64, return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(model(tokens).logits, gpt(tokens), atol=1e-4, rtol=1e-4)
+    assert model.generation_config.eos_token_id == ours.eos
+    assert tokens[0].tolist() == ours.encode(WORDS)[-64:]  # as we truncate: from the left
 
 
 def test_merges_lead_to_every_token(gpt2):
     """50000 merges after the 256 bytes, in the order of their ranks, each of two tokens known before."""
-    files, ranks = hf.their_tokenizer(gpt2, None), gpt2.encoding._mergeable_ranks
-    vocab, merges = json.loads(files["vocab.json"]), files["merges.txt"].splitlines()[1:]
-    assert len(vocab) == 50257 and len(merges) == 50000 and merges[:2] == ["Ġ t", "Ġ a"]
+    made, ranks = hf.their_tokenizer(gpt2, 64, None), gpt2.encoding._mergeable_ranks
+    model = json.loads(made["tokenizer.json"])["model"]
+    vocab, merges = model["vocab"], model["merges"]
+    assert len(vocab) == 50256 and len(merges) == 50000 and merges[:2] == ["Ġ t", "Ġ a"]
     for rank, merge in enumerate(merges, 256):
         a, b = merge.split(" ")
         assert vocab[a + b] == rank > max(vocab[a], vocab[b])
     assert hf.halves(b" the", ranks) == [b" t", b"he"]
 
 
-@pytest.mark.parametrize("pad", [False, True])
-def test_auto_tokenizer_encodes_alike(transformers, gpt2, tiny, tmp_path, pad):
-    gpt = tiny(vocab_size=50257)
-    folder = exported(RewardModel.from_gpt(gpt) if pad else gpt, tmp_path, "gpt2")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = ["", " ", "\n\n\n x  \t\r\n", "it's we'll  I'VE 123 4½", "漢字かな 한국어 👩‍👩‍👧‍👦",
-             "\0a\x85\ufeff\u2028", "".join(map(chr, range(500))), "a" * 3000,
-             "  .  , !Hello world.\n\n\nA B"]
-    for text in texts:
-        assert theirs(text)["input_ids"] == gpt2.encode(text)
-        assert theirs.decode(gpt2.encode(text)) == text
-    assert theirs.eos_token_id == 50256 and len(theirs) == 50257 + pad
-    assert theirs.pad_token_id == (50257 if pad else None)
+def test_halves_are_those_of_the_merges_before():
+    ranks = {bytes([i]): i for i in range(256)} | {b"bc": 256, b"ab": 257, b"abc": 258, b"xyz": 259}
+    assert hf.halves(b"abc", ranks) == [b"a", b"bc"] and hf.halves(b"ab", ranks) == [b"a", b"b"]
+    assert hf.halves(b"xyz", ranks) is None
 
 
-def test_missing_tokenizer_files_are_told(tiny, tmp_path, capsys):
-    exported(tiny(**BYTES), tmp_path)
-    assert "config.json, model.safetensors written" in (said := capsys.readouterr().out)
-    assert "no tokenizer files: encode texts with this project's data/tokenizer.py" in said
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<|pad|>"])
+def test_an_ordinary_token_that_is_spelled_like_a_special_one(tiny, tmp_path, name):
+    ranks = {bytes([i]): i for i in range(256)} | {name.encode(): 256}
+    ours = from_spec({"name": "odd", "bpe": data.tokenizer._dump(ranks)})
+    with pytest.raises(UserError, match="the tokenizer odd has an ordinary token <.*can't tell from the"):
+        exported(RewardModel.from_gpt(tiny(vocab_size=258)), tmp_path, ours)
+
+
+# ---- pairs for rewardbench ----
+
+def pairs(tmp_path, rows):
+    jsonl(tmp_path / "preferences.jsonl", rows)
+    hf.main(["pairs", str(tmp_path / "preferences.jsonl"), str(tmp_path / "pairs.jsonl")])
+    return lines(tmp_path / "pairs.jsonl")
+
+
+def said(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def test_rankings_become_pairs_without_their_ties(tmp_path, capsys):
+    made = pairs(tmp_path, [
+        {"prompt": "Tell.", "chosen": " yes", "rejected": "no", "subset": "easy"},
+        {"prompt": "", "responses": ["a", "b", "c", "d"], "ranks": [1, 0, 1, 2]}])
+    assert made[0] == {"chosen": said("Tell.", "yes"), "rejected": said("Tell.", "no"), "subset": "easy"}
+    assert [(row["chosen"][1]["content"], row["rejected"][1]["content"]) for row in made[1:]] == [
+        ("a", "d"), ("b", "a"), ("b", "c"), ("b", "d"), ("c", "d")]
+    assert all(row["chosen"][:1] == said("") and row["subset"] == "" for row in made[1:])
+    assert "6 pairs of 2 rankings written to" in capsys.readouterr().out
+
+
+def test_conversations_become_messages_and_come_back(tmp_path):
+    """Turns begin with the user and alternate, as rewardbench takes them; ours are read from them again."""
+    hh = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A\n\nB?\n\nAssistant:"
+    rows = [{"prompt": hh, "chosen": " good", "rejected": " bad"},
+            {"prompt": said("Q"), "chosen": said("", "x")[1:], "rejected": said("", " y")[1:]}]
+    made = pairs(tmp_path, rows)
+    assert made[0]["chosen"] == said("Hi", "Hello", "A\n\nB?", "good")
+    assert made[1]["rejected"] == said("Q", " y")
+    assert read_preferences(tmp_path / "pairs.jsonl") == read_preferences(tmp_path / "preferences.jsonl")
+
+
+@pytest.mark.parametrize("prompt, first", [
+    ("\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant:", "Be kind.\n\nHi"),
+    ("\n\nHuman: Hi", None), ("\n\nHuman: a\n\nHuman: b\n\nAssistant:", None), ("\n\nAssistant:", None),
+    ("Chat.\n\nHuman: Hi\n\nAssistant:", None), ("\n\nHuman: Hi\n\nAssistant: so", None),
+    ("\n\nHuman: Hi\n\nAssistant:\n\nAssistant:", None), ("Human: Hi", None), ("", None)])
+def test_what_is_no_conversation_is_one_turn(prompt, first):
+    assert hf.turns(prompt) == [{"role": "user", "content": first or prompt}]
+
+
+def test_pairs_lose_and_overwrite_nothing(tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    pairs(tmp_path, [row])
+    before = (tmp_path / "pairs.jsonl").read_bytes()
+    with pytest.raises(UserError, match="pairs.jsonl already exists; nothing is overwritten"):
+        pairs(tmp_path, [row])
+    assert (tmp_path / "pairs.jsonl").read_bytes() == before
+    (tmp_path / "pairs.jsonl").unlink()
+    for bad, match in (({"prompt": "p", "completion": "c"}, 'a line has neither "chosen" and "rejected" nor'),
+                       ({"prompt": "p", "response": "c"}, "a line has neither"),
+                       (row | {"subset": 3}, 'jsonl:2: "subset" must be a string'),
+                       (row | {"subset": []}, 'jsonl:2: "subset" must be a string'),
+                       (row | {"subset": "\ud800"}, 'jsonl:2: "subset" contains a lone surrogate')):
+        with pytest.raises(UserError, match=match):
+            pairs(tmp_path, [row, bad])
+    assert not (tmp_path / "pairs.jsonl").exists()

@@ -82,10 +82,43 @@ def test_batches_change_nothing_and_without_out_nothing_is_written(rm, tmp_path,
     assert "on 4 pairs" in capsys.readouterr().out
 
 
+def summary(rm, tmp_path, rows, capsys):
+    """The printed lines from the accuracy on."""
+    run(rm, tmp_path, rows)
+    (tmp_path / "out.jsonl").unlink()
+    found = capsys.readouterr().out.splitlines()
+    return found[[line.startswith("accuracy ") for line in found].index(True) :]
+
+
+def test_accuracy_of_each_subset(rm, tmp_path, capsys):
+    """Each is that of its lines alone, also those without one; it may be any text, and is printed safely."""
+    names = ["easy", "hard", "easy", None, "a\x1b[2J"]
+    rows = [*PAIRS, {"prompt": "", "chosen": "n", "rejected": "yes"},
+            {"prompt": "q", "chosen": "x", "rejected": "yy"}]
+    alone = {}
+    for name in dict.fromkeys(names):
+        some = [row for row, its in zip(rows, names, strict=True) if its == name]
+        (line,) = summary(rm, tmp_path, some, capsys)
+        alone[name] = line.removeprefix("accuracy ")
+    assert len(set(alone.values())) > 2 and "on 3 pairs of 5 texts" in alone["easy"]
+    both = [row | {"subset": name} for row, name in zip(rows, names, strict=True)]
+    assert summary(rm, tmp_path, both, capsys) == [
+        *summary(rm, tmp_path, rows, capsys), f"  no subset: {alone[None]}",
+        f"  a\\x1b[2J: {alone[names[-1]]}", f"  easy: {alone['easy']}", f"  hard: {alone['hard']}"]
+
+
+def test_what_does_not_fit_is_in_no_subset(rm, tmp_path, capsys):
+    found = summary(rm, tmp_path, [PAIRS[0] | {"subset": "fits"}, {
+        "prompt": "x", "chosen": "g" * 64, "rejected": "bad", "subset": "long"}], capsys)
+    assert [line.split(":")[0] for line in found[1:]] == ["  fits"] and "1 pairs of 2 texts" in found[0]
+
+
 def test_mistakes_are_one_sentence(rm, tmp_path):
     run(rm, tmp_path, PAIRS)
     with pytest.raises(UserError, match="out.jsonl already exists"):
         run(rm, tmp_path, PAIRS)
+    with pytest.raises(UserError, match=r'in.jsonl:1: "subset" must be a string'):
+        run(rm, tmp_path, [PAIRS[0] | {"subset": 3}], out=None)
     bad = [*PAIRS, {"prompt": "p"}]
     with pytest.raises(UserError, match=r"in.jsonl:4: column \"completion\" is missing"):
         run(rm, tmp_path, bad, out=None)

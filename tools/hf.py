@@ -1,14 +1,16 @@
-"""Import GPT-2's weights from Hugging Face and export checkpoints, both without `transformers`.
+"""Import GPT-2's weights from Hugging Face, export checkpoints and pairs, all without `transformers`.
 
     python -m tools.hf import gpt2 out/gpt2.pt     # downloaded; or gpt2-medium, gpt2-large, gpt2-xl
     python -m tools.hf import FOLDER out/sft.pt    # config.json + model.safetensors or pytorch_model.bin,
                                                    # or either in shards with their .index.json
-    python -m tools.hf export out/ppo.pt FOLDER    # for GPT2LMHeadModel.from_pretrained
-    python -m tools.hf export out/rm.pt FOLDER     # for GPT2ForSequenceClassification.from_pretrained
+    python -m tools.hf export out/ppo.pt FOLDER    # for AutoTokenizer, AutoModelForCausalLM
+    python -m tools.hf export out/rm.pt FOLDER     # for AutoTokenizer, AutoModelForSequenceClassification
+    python -m tools.hf pairs my_folder/preferences_val.jsonl pairs.jsonl    # for rewardbench --load_json
 
 Their matrices are (in,out), ours are (out,in) as in nn.Linear; both hold q, k and v side by side.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -20,8 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from data.download import download
-from data.files import UserError, atomic_folder, json_object
-from data.tokenizer import get_tokenizer
+from data.files import UserError, atomic_folder, json_object, printable
+from data.records import ANSWER, NAMES, QUESTION, read_responses
+from data.tokenizer import SPLIT, get_tokenizer
 from lib import checkpoint
 from lib.flags import one_sentence
 from lib.memory import exhausted
@@ -32,6 +35,7 @@ KNOWN = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 URL = "https://huggingface.co/openai-community/{}/resolve/main/{}"
 FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"  # of shards
+EOS, PAD = "<|endoftext|>", "<|pad|>"
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch's
 LAYER = {"ln_1": "ln_1", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj",
          "ln_2": "ln_2", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.proj"}
@@ -146,10 +150,7 @@ def read_shards(path):
     """{name: tensor} of the shards that the index `path` names, which must lie beside it. UserError: an index
     that does not say of every tensor, and of nothing else, where it is."""
     names_in, announced = shard_names(path)
-    missing = [file for file in names_in if not os.path.isfile(path.with_name(file))]
-    if missing:
-        raise UserError(f"{path.parent / missing[0][:80]} is missing, {len(missing)} of {len(names_in)} "
-                        f"shards in {path.name}")
+    check_shards(path, names_in)
     tensors = {}
     for file, there in names_in.items():
         shard = (read_safetensors if file.endswith(".safetensors") else read_pickle)(path.with_name(file))
@@ -163,6 +164,20 @@ def read_shards(path):
     if type(announced) in (int, float) and announced not in found:
         raise UserError(f"{path}: total_size is {announced}, but the shards hold {found[0]} bytes of tensors")
     return tensors
+
+
+def check_shards(path, listed):
+    """UserError: a shard that is listed in the index `path` does not lie beside it, or another one does."""
+    missing = [file for file in listed if not os.path.isfile(path.with_name(file))]
+    if missing:
+        raise UserError(f"{path.parent / missing[0][:80]} is missing, {len(missing)} of {len(listed)} "
+                        f"shards in {path.name}")
+    stem, ending = map(re.escape, os.path.splitext(path.name.removesuffix(INDEX)))
+    more = [file.name for file in path.parent.iterdir() if file.name not in listed
+            and re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}{ending}", file.name)]
+    if more:
+        raise UserError(f"{path.parent / min(more)} is a shard that {path.name} does not list; delete "
+                        "the file that is left from another model")
 
 
 def shard_names(path):
@@ -447,27 +462,33 @@ def their_weights(model):
 
 
 def their_reward_model(rm, tokenizer, path):
-    """(config, weights) for GPT2ForSequenceClassification; prints what has no place in them.
+    """(config, weights) for GPT2ForSequenceClassification, whose scores are ours.
 
     It reads the score at the rightmost token that is not the pad id. Our texts end in eos, which must be
     read, and every other id may occur in a text. So the pad is a new id, V, whose embedding of zeros is
-    never looked at: it only ever stands to the right of the text.
+    never looked at: it only ever stands to the right of the text. Its head W has no bias, so our constant c
+    goes into the bias of ln_f before it, as c W / |W|^2: the head is all that reads ln_f.
     """
     if rm.pool != "last":
         raise UserError(f'{path} has pool "{rm.pool}", but transformers supports only "last"')
     V, weights = rm.config.vocab_size, their_weights(rm)
     weights["transformer.wte.weight"] = F.pad(weights["transformer.wte.weight"], (0, 0, 0, 1))
-    weights["score.weight"] = rm.reward_head.weight.detach() / rm.scale
-    constant = ((rm.reward_head.bias - rm.shift) / rm.scale).item()
-    print(f"our score = transformers' score + {constant:.6f} (score_constant in config.json), since its head "
-          f"has no bias.\nPad on the right with the new id {V}.")
+    W, bias, shift, scale = (x.detach().double() for x in (
+        rm.reward_head.weight, rm.reward_head.bias, rm.shift, rm.scale))
+    moved = weights["transformer.ln_f.bias"] + (bias - shift) * W[0] / W.square().sum()
+    if not torch.isfinite(moved.float()).all():
+        raise UserError(f"{path} gives every text the same score: the weights of its head are 0")
+    weights["score.weight"], weights["transformer.ln_f.bias"] = (W / scale).float(), moved.float()
+    print(f"scores are ours where eos, {tokenizer.eos}, is the last token; pad on the right with {V}, a new "
+          "id")
     return their_config(rm.config, tokenizer, architectures=["GPT2ForSequenceClassification"],
-                        id2label={"0": "score"}, label2id={"score": 0}, pad_token_id=V,
-                        score_constant=constant) | {"vocab_size": V + 1}, weights
+                        id2label={"0": "score"}, label2id={"score": 0},
+                        pad_token_id=V) | {"vocab_size": V + 1}, weights
 
 
-def their_tokenizer(tokenizer, pad_id):
-    """{file name: text} of the gpt2 tokenizer for AutoTokenizer; pad_id None: no pad token."""
+def their_tokenizer(tokenizer, block_size, pad_id):
+    """{file name: text} of a tokenizer for AutoTokenizer; pad_id None: no pad token. UserError: an ordinary
+    token is spelled like eos."""
     ranks = tokenizer.encoding._mergeable_ranks
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 spells these as themselves
     others = [byte for byte in range(256) if byte not in printed]
@@ -476,24 +497,37 @@ def their_tokenizer(tokenizer, pad_id):
     def spell(token):
         return "".join(letter[byte] for byte in token)
 
-    special = {"<|endoftext|>": tokenizer.eos} | ({"<|pad|>": pad_id} if pad_id else {})
-    merges = [" ".join(map(spell, halves(token, ranks))) for token in ranks if len(token) > 1]
-    options = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "padding_side": "right",
-               "clean_up_tokenization_spaces": False, "bos_token": "<|endoftext|>",
-               "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "added_tokens_decoder":
-               {str(i): {"content": text, "special": True} for text, i in special.items()}}
-    options |= {"pad_token": "<|pad|>"} if pad_id else {}
-    vocab = {spell(token): rank for token, rank in ranks.items()} | special
-    return {"vocab.json": json.dumps(vocab), "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-            "tokenizer_config.json": json.dumps(options, indent=2)}
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    special = {EOS: tokenizer.eos} | ({PAD: pad_id} if pad_id else {})
+    if same := special.keys() & vocab:
+        raise UserError(f"the tokenizer {tokenizer.name} has an ordinary token {min(same)}, which "
+                        "transformers can't tell from the special one")
+    merges = [" ".join(map(spell, pair)) for token in ranks
+              if len(token) > 1 and (pair := halves(token, ranks))]
+    # ignore_merges: a word that is a token is that token, as in tiktoken
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True}
+    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    added = [{"id": i, "content": text, "special": True} | dict.fromkeys(
+        ("single_word", "lstrip", "rstrip", "normalized"), False) for text, i in special.items()]
+    options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+               "clean_up_tokenization_spaces": False, "padding_side": "right", "truncation_side": "left",
+               "bos_token": EOS, "eos_token": EOS,
+               "split_special_tokens": True}  # what spells one is ordinary text
+    return {"tokenizer.json": json.dumps(
+                {"version": "1.0", "added_tokens": added, "decoder": bytewise, "model": model,
+                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytewise]}}),
+            "tokenizer_config.json": json.dumps(options | ({"pad_token": PAD} if pad_id else {}), indent=2)}
 
 
 def halves(token, ranks):
-    """The two tokens that BPE merges last to make `token`."""
+    """The two tokens that BPE merges last to make `token`; None if it makes several others of it."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:], strict=False)]
-        i = joined.index(min(joined))
+        joined = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+        if (least := min(joined)) == math.inf:
+            return None
+        i = joined.index(least)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
@@ -513,13 +547,9 @@ def export(path, folder):
         config, weights = their_reward_model(model, tokenizer, path)
     check_outputs(model)
     texts = {"config.json": json.dumps(config, indent=2)}
-    if tokenizer.name == "gpt2":
-        texts |= their_tokenizer(tokenizer, config.get("pad_token_id"))
+    texts |= their_tokenizer(tokenizer, model.config.block_size, config.get("pad_token_id"))
     write_folder(folder, texts, weights)
     print(f"{', '.join(sorted([*texts, FILES[0]]))} written to {folder}")
-    if tokenizer.name != "gpt2":
-        print(f"no tokenizer files: encode texts with this project's data/tokenizer.py and the tokenizer "
-              f"{tokenizer.name} of {path}")
 
 
 def write_folder(folder, texts, weights):
@@ -531,6 +561,42 @@ def write_folder(folder, texts, weights):
             write_safetensors(part / FILES[0], weights)
     except OSError as error:
         raise UserError(f"can't write {folder}: {error.strerror}") from None
+
+
+# ---- pairs ----
+
+def turns(prompt):
+    """A prompt's messages: those of an HH text, with a system's text in the first of them; any other prompt
+    is a single one of the user's."""
+    system, *parts = re.split(f"({QUESTION}|{ANSWER})", prompt)
+    said = [{"role": "user" if name == QUESTION else "assistant", "content": text.removeprefix(" ")}
+            for name, text in zip(parts[::2], parts[1::2], strict=True)]
+    start, rest = NAMES["system"] + " ", [turn["role"] for turn in said]
+    if system and not system.startswith(start) or parts[-2:] != [ANSWER, ""] or (
+            rest != ["user", "assistant"] * (len(said) // 2)):
+        return [{"role": "user", "content": prompt}]
+    if system:
+        said[0]["content"] = f"{system.removeprefix(start)}\n\n{said[0]['content']}"
+    return said[:-1]
+
+
+def pairs_of(line, prompt, responses, ranks):
+    """[row]: for each pair that the ranks order the two whole conversations, and the line's subset."""
+    whole = [[*turns(prompt), {"role": "assistant", "content": text.removeprefix(" ")}] for text in responses]
+    return [{"chosen": whole[i], "rejected": whole[j], "subset": line.get("subset", "")}
+            for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
+
+
+def write_pairs(path, out):
+    """Write the pairs of a preferences.jsonl to a new file, one a line. UserError: a line ranks nothing."""
+    if os.path.lexists(out):
+        raise UserError(f"{out} already exists; nothing is overwritten")
+    found = read_responses(path)
+    if any(ranks is None for *_, ranks in found):
+        raise UserError(f'{path}: a line has neither "chosen" and "rejected" nor "responses", so no pair')
+    rows = [row for ranking in found for row in pairs_of(*ranking)]
+    checkpoint.write(Path(out), rows, save=checkpoint.write_lines)
+    print(f"{len(rows)} pairs of {len(found)} rankings written to {printable(out)}")
 
 
 # ---- command line ----
@@ -547,9 +613,15 @@ def main(argv=None):
     sub = commands.add_parser("export", help="a checkpoint -> a folder for transformers", allow_abbrev=False)
     sub.add_argument("checkpoint", help="e.g. out/ppo.pt or out/rm.pt")
     sub.add_argument("folder", help="new folder")
+    sub = commands.add_parser("pairs", help="preferences.jsonl -> a file for rewardbench --load_json",
+                              allow_abbrev=False)
+    sub.add_argument("file", help="e.g. my_folder/preferences_val.jsonl")
+    sub.add_argument("out", help="new file")
     args = parser.parse_args(argv)
     if args.command == "import":
         import_gpt2(args.source, args.out, args.tokenizer)
+    elif args.command == "pairs":
+        write_pairs(args.file, args.out)
     else:
         export(args.checkpoint, args.folder)
 

@@ -6,11 +6,13 @@ A line is one of preferences.jsonl or of sft.jsonl, or has "prompt" and "respons
 out/ppo.samples.jsonl. It is written as it was, with "scores" in the order of its responses (of "chosen" and
 "rejected", or of "responses"), or with "score" if there is one. Each response is read with an end-of-text
 token after it; where it does not fit into the model, the score is null. If responses are ranked, the accuracy
-is printed: the share of pairs whose better response scores higher, equal scores counting half.
+is printed: the share of pairs whose better response scores higher, equal scores counting half; where lines
+have a "subset", a name, also for each of these.
 """
 import argparse
 import itertools
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -44,6 +46,15 @@ def pair_gaps(scores, ranks):
     return [scores[i] - scores[j] for i, j in pairs if ranks[i] < ranks[j]]
 
 
+def describe(ranked):
+    """The accuracy on all pairs of [(line, prompt, responses, ranks, scores)], and its interval, in words."""
+    gaps = [gap for *_, ranks, scores in ranked for gap in pair_gaps(scores, ranks)]
+    texts = {(prompt, text) for _, prompt, responses, *_ in ranked for text in responses}
+    right = accuracy(torch.tensor(gaps)).mean().item()
+    half = half_width(right, len(gaps), len(texts))
+    return f"{right:.1%} +- {half:.1%} (95%) on {len(gaps)} pairs of {len(texts)} texts"
+
+
 def main(args):
     if args.out and os.path.lexists(args.out):
         raise UserError(f"{args.out} already exists; choose another name")
@@ -61,13 +72,14 @@ def main(args):
               f"{known.min():.2f} to {known.max():.2f}")
     if lost := scored.count(None):
         print(f"{lost} lines do not fit into the reward model's {rm.room} tokens: no score")
-    gaps = [gap for (*_, ranks), scores in zip(found, scored, strict=True) if ranks and scores
-            for gap in pair_gaps(scores, ranks)]
-    if gaps:
-        right = accuracy(torch.tensor(gaps)).mean().item()
-        texts = {(prompt, text) for _, prompt, responses, ranks in found if ranks for text in responses}
-        half = half_width(right, len(gaps), len(texts))
-        print(f"accuracy {right:.1%} +- {half:.1%} (95%) on {len(gaps)} pairs of {len(texts)} texts")
+    ranked = [(*some, scores) for some, scores in zip(found, scored, strict=True) if some[3] and scores]
+    if ranked:
+        print(f"accuracy {describe(ranked)}")
+    subsets = defaultdict(list)
+    for some in ranked:
+        subsets[some[0].get("subset")].append(some)
+    for name in sorted(subsets, key=lambda name: name or "") if subsets.keys() - {None} else ():
+        print(f"  {'no subset' if name is None else printable(name)}: {describe(subsets[name])}")
 
 
 def read_args():
