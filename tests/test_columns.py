@@ -214,6 +214,8 @@ def test_unused_columns_are_counted_and_named_once_per_file(write, capsys):
     path = write(ranking(scores=[3, 2, 2]), ranking(scores=[3, 2, 1], label="math"))
     read_preferences(path)
     assert capsys.readouterr().out == f"{path}: ignored columns: scores (2 lines), label (1 line)\n"
+    assert read_preferences(write(pair(subset="easy"), ranking(subset=None))) == read_preferences(
+        write(pair(), ranking())) and not capsys.readouterr().out
     path = write({"prompt": "p", "completion": "c", "text": None})
     read_prompts(path)
     assert capsys.readouterr().out == f"{path}: ignored columns: completion (1 line)\n"

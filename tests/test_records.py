@@ -212,6 +212,11 @@ BAD = [(read, *case) for read in READERS for case in NO_JSON] + [
      '"ranks" must be a list of finite numbers'),
     (read_preferences, b'{"prompt": "a", "responses": ["b", "c\\ud800"]}',
      '"responses" contains a lone surrogate'),
+    (read_preferences, {"prompt": "a", "chosen": "b", "rejected": "c", "subset": 3},
+     '"subset" must be a string'),
+    (read_preferences, {"prompt": "a", "chosen": "b", "rejected": "c", "subset": []},
+     '"subset" must be a string'),
+    (read_preferences, {"prompt": "a", "responses": ["b", "c"], "subsets": "easy"}, 'rename it to "subset"'),
 ]
 
 

@@ -587,11 +587,11 @@ def pairs_of(line, prompt, responses, ranks):
             for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
 
 
-def write_pairs(path, out):
+def write_pairs(path, out, skip_bad=False):
     """Write the pairs of a preferences.jsonl to a new file, one a line. UserError: a line ranks nothing."""
     if os.path.lexists(out):
         raise UserError(f"{out} already exists; nothing is overwritten")
-    found = read_responses(path)
+    found = read_responses(path, skip_bad)
     if any(ranks is None for *_, ranks in found):
         raise UserError(f'{path}: a line has neither "chosen" and "rejected" nor "responses", so no pair')
     rows = [row for ranking in found for row in pairs_of(*ranking)]
@@ -617,11 +617,12 @@ def main(argv=None):
                               allow_abbrev=False)
     sub.add_argument("file", help="e.g. my_folder/preferences_val.jsonl")
     sub.add_argument("out", help="new file")
+    sub.add_argument("--skip-bad", action="store_true", help="skip malformed lines and report how many")
     args = parser.parse_args(argv)
     if args.command == "import":
         import_gpt2(args.source, args.out, args.tokenizer)
     elif args.command == "pairs":
-        write_pairs(args.file, args.out)
+        write_pairs(args.file, args.out, args.skip_bad)
     else:
         export(args.checkpoint, args.folder)
 
