@@ -13,8 +13,7 @@ from data.files import UserError, printable
 
 READ = {  # the columns of each file
     "sft": ("prompt", "completion", "text", "messages"),
-    "preferences": ("prompt", "chosen", "rejected", "responses", "ranks", "ratings", "gold",
-                    "subset"),
+    "preferences": ("prompt", "chosen", "rejected", "responses", "ranks", "ratings", "gold", "subset"),
     "prompts": ("prompt",)}
 OTHER_NAMES = {column: set(names.split()) for column, names in {
     "prompt": "question query instruction input human text messages",

@@ -12,9 +12,9 @@ and NAME_val.jsonl beside each. "ranks" is optional: smaller is better, equal ra
 "gold", each response's true score where it is known: it is only reported, never trained on (without it
 the ratings are reported). "subset" names a group, for tools/score.py to report on. A "prompt", "completion",
 "chosen" or "rejected" may also be a list of messages, {"role": "user", "content": "..."}; a response is then
-a single assistant turn. Messages become the text
-of Anthropic's HH, wherever they stand: "\\n\\nHuman: ...\\n\\nAssistant: ...", and a prompt ends with
-"\\n\\nAssistant:". The column names are TRL's, so its files work here.
+a single assistant turn. Messages become the text of Anthropic's HH, wherever they stand:
+"\\n\\nHuman: ...\\n\\nAssistant: ...", and a prompt ends with "\\n\\nAssistant:". The column names are TRL's,
+so its files work here.
 
 A null is no value. Columns that contradict one another are an error, and so is one that seems to be
 misspelt; what is merely unused is counted and named (data/columns.py).

@@ -567,7 +567,7 @@ def test_a_shard_that_the_index_does_not_list(tiny, tmp_path, name):
     (tmp_path / "in.pt").unlink()
     for extra in (f"{stem}-00004-of-00003{end}", f"{stem}-00001-of-00002{end}"):
         (folder / extra).touch()
-        refused(folder, tmp_path, f"{extra} is a shard that {name}.index.json does not list; delete the one")
+        refused(folder, tmp_path, f"{extra} is a shard that {name}.index.json does not list; of two models")
 
 
 def test_shards_of_a_wrapped_model_with_a_padded_vocabulary(tiny, tmp_path):
@@ -659,7 +659,7 @@ def test_scores_of_the_export_are_ours_without_arithmetic(tiny, tmp_path, capsys
     assert config["pad_token_id"] == 257 and config["vocab_size"] == 258 and "score_constant" not in config
     wte = weights["transformer.wte.weight"]
     assert wte.shape == (258, 32) and not wte[257].any()
-    assert ("scores are ours where eos, 256, is the last token; pad on the right with 257, a new id\n"
+    assert ("scores are ours in rows that end in eos, 256; pad on the right with 257, a new id\n"
             in capsys.readouterr().out)
 
 
@@ -834,12 +834,12 @@ def test_a_folder_opens_alone(transformers, tiny, tmp_path, kind):
     ours = trained() if kind == "trained" else get_tokenizer(kind)
     gpt = tiny(vocab_size=ours.vocab_size)
     rm = normalised(gpt)
-    texts = [("Tell a story.", " Once, there was a fox."), ("<|endoftext|>", " é"), ("?", "")]
-    rows = [ours.encode(a) + ours.encode(b) + [ours.eos] for a, b in texts]
+    texts = [("Tell a story.", " Once, there was a fox."), ("<|endoftext|>", " é"), ("?", ""), ("", "x")]
+    rows = [(ours.encode(a) or [ours.eos]) + ours.encode(b) + [ours.eos] for a, b in texts]
     folder = exported(rm, tmp_path, ours)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    made = [tokenizer(a)["input_ids"] + tokenizer(b)["input_ids"] + [tokenizer.eos_token_id]
-            for a, b in texts]
+    eos = [tokenizer.eos_token_id]
+    made = [(tokenizer(a)["input_ids"] or eos) + tokenizer(b)["input_ids"] + eos for a, b in texts]
     assert made == rows and len(tokenizer) == ours.vocab_size + 1 == tokenizer.pad_token_id + 1
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     scores = model(**tokenizer.pad({"input_ids": made}, return_tensors="pt")).logits[:, 0]

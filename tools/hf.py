@@ -176,8 +176,8 @@ def check_shards(path, listed):
     more = [file.name for file in path.parent.iterdir() if file.name not in listed
             and re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}{ending}", file.name)]
     if more:
-        raise UserError(f"{path.parent / min(more)} is a shard that {path.name} does not list; delete "
-                        "the file that is left from another model")
+        raise UserError(f"{path.parent / min(more)} is a shard that {path.name} does not list; of two models "
+                        "in one folder, move one away")
 
 
 def shard_names(path):
@@ -479,8 +479,7 @@ def their_reward_model(rm, tokenizer, path):
     if not torch.isfinite(moved.float()).all():
         raise UserError(f"{path} gives every text the same score: the weights of its head are 0")
     weights["score.weight"], weights["transformer.ln_f.bias"] = (W / scale).float(), moved.float()
-    print(f"scores are ours where eos, {tokenizer.eos}, is the last token; pad on the right with {V}, a new "
-          "id")
+    print(f"scores are ours in rows that end in eos, {tokenizer.eos}; pad on the right with {V}, a new id")
     return their_config(rm.config, tokenizer, architectures=["GPT2ForSequenceClassification"],
                         id2label={"0": "score"}, label2id={"score": 0},
                         pad_token_id=V) | {"vocab_size": V + 1}, weights
@@ -488,8 +487,28 @@ def their_reward_model(rm, tokenizer, path):
 
 def their_tokenizer(tokenizer, block_size, pad_id):
     """{file name: text} of a tokenizer for AutoTokenizer; pad_id None: no pad token. UserError: an ordinary
-    token is spelled like eos."""
-    ranks = tokenizer.encoding._mergeable_ranks
+    token is spelled like a special one."""
+    model, special = their_bpe(tokenizer.encoding._mergeable_ranks), {EOS: tokenizer.eos}
+    options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+               "clean_up_tokenization_spaces": False, "padding_side": "right", "truncation_side": "left",
+               "bos_token": EOS, "eos_token": EOS,
+               "split_special_tokens": True}  # what spells one is ordinary text
+    if pad_id:
+        special[PAD], options["pad_token"] = pad_id, PAD
+    if same := special.keys() & model["vocab"]:
+        raise UserError(f"the tokenizer {tokenizer.name} has an ordinary token {min(same)}, which "
+                        "transformers can't tell from the special one")
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": text, "special": True} | plain for text, i in special.items()]
+    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    parts = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytewise]}, "decoder": bytewise}
+    return {"tokenizer.json": json.dumps({"version": "1.0", "added_tokens": added, "model": model} | parts),
+            "tokenizer_config.json": json.dumps(options, indent=2)}
+
+
+def their_bpe(ranks):
+    """{token: rank} -> the "model" of a tokenizer.json."""
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 spells these as themselves
     others = [byte for byte in range(256) if byte not in printed]
     letter = {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -497,27 +516,10 @@ def their_tokenizer(tokenizer, block_size, pad_id):
     def spell(token):
         return "".join(letter[byte] for byte in token)
 
-    vocab = {spell(token): rank for token, rank in ranks.items()}
-    special = {EOS: tokenizer.eos} | ({PAD: pad_id} if pad_id else {})
-    if same := special.keys() & vocab:
-        raise UserError(f"the tokenizer {tokenizer.name} has an ordinary token {min(same)}, which "
-                        "transformers can't tell from the special one")
     merges = [" ".join(map(spell, pair)) for token in ranks
               if len(token) > 1 and (pair := halves(token, ranks))]
-    # ignore_merges: a word that is a token is that token, as in tiktoken
-    model = {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True}
-    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
-    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    added = [{"id": i, "content": text, "special": True} | dict.fromkeys(
-        ("single_word", "lstrip", "rstrip", "normalized"), False) for text, i in special.items()]
-    options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-               "clean_up_tokenization_spaces": False, "padding_side": "right", "truncation_side": "left",
-               "bos_token": EOS, "eos_token": EOS,
-               "split_special_tokens": True}  # what spells one is ordinary text
-    return {"tokenizer.json": json.dumps(
-                {"version": "1.0", "added_tokens": added, "decoder": bytewise, "model": model,
-                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytewise]}}),
-            "tokenizer_config.json": json.dumps(options | ({"pad_token": PAD} if pad_id else {}), indent=2)}
+    return {"type": "BPE", "vocab": {spell(token): rank for token, rank in ranks.items()}, "merges": merges,
+            "ignore_merges": True}  # a word that is a token is that token, as in tiktoken
 
 
 def halves(token, ranks):
@@ -571,9 +573,9 @@ def turns(prompt):
     system, *parts = re.split(f"({QUESTION}|{ANSWER})", prompt)
     said = [{"role": "user" if name == QUESTION else "assistant", "content": text.removeprefix(" ")}
             for name, text in zip(parts[::2], parts[1::2], strict=True)]
-    start, rest = NAMES["system"] + " ", [turn["role"] for turn in said]
+    start, roles = NAMES["system"] + " ", [turn["role"] for turn in said]
     if system and not system.startswith(start) or parts[-2:] != [ANSWER, ""] or (
-            rest != ["user", "assistant"] * (len(said) // 2)):
+            roles != ["user", "assistant"] * (len(said) // 2)):
         return [{"role": "user", "content": prompt}]
     if system:
         said[0]["content"] = f"{system.removeprefix(start)}\n\n{said[0]['content']}"
