@@ -854,9 +854,11 @@ def test_a_folder_opens_alone(transformers, tiny, tmp_path, kind):
 
 def test_merges_lead_to_every_token(gpt2):
     """50000 merges after the 256 bytes, in the order of their ranks, each of two tokens known before."""
-    made, ranks = hf.their_tokenizer(gpt2, 64, None), gpt2.encoding._mergeable_ranks
-    model = json.loads(made["tokenizer.json"])["model"]
-    vocab, merges = model["vocab"], model["merges"]
+    made, ranks = hf.their_tokenizer(gpt2, 64, 50257), gpt2.encoding._mergeable_ranks
+    made = json.loads(made["tokenizer.json"])
+    vocab, merges = made["model"]["vocab"], made["model"]["merges"]
+    assert [(token["id"], token["content"]) for token in made["added_tokens"] if token["special"]] == [
+        (50256, "<|endoftext|>"), (50257, "<|pad|>")]
     assert len(vocab) == 50256 and len(merges) == 50000 and merges[:2] == ["Ġ t", "Ġ a"]
     for rank, merge in enumerate(merges, 256):
         a, b = merge.split(" ")
