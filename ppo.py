@@ -29,7 +29,7 @@ from data.records import read_sft
 from data.split import read_training
 from lib import ranks, report
 from lib.checks_rm import check_start
-from lib.common import Cycle, clip_and_step, finite, masked_mean, micro_batches
+from lib.common import Cycle, clip_and_step, finite, masked_mean, micro_batches, places, to_host
 from lib.curve import Best
 from lib.fast import in_pieces
 from lib.flags import Shared, bounded, cli, pick_device
@@ -146,15 +146,15 @@ def next_kl_coef(kl_coef, kl, cfg):
 def token_logps(gpt, tokens, temperature, mask=None):
     """Log-probability of every token after the first: tokens (B,T) -> (B,T-1), in nats.
 
-    (2) The one function that scores tokens, for old, new and reference alike. With a mask (B,T-1) the
-    vocabulary head runs only where it is True, and the rest is 0.
+    (2) The one function that scores tokens, for old, new and reference alike. With a mask (B,T-1), on the
+    CPU, the vocabulary head runs only where it is True, and the rest is 0.
     """
     if mask is None:
-        mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    h = gpt.trunk(tokens[:, :-1])
-    logp = torch.zeros(mask.shape, device=tokens.device)
-    logps = partial(gpt.logps, temperature=temperature)
-    return logp.masked_scatter(mask, in_pieces(logps, gpt, h[mask], tokens[:, 1:][mask]))
+        mask = torch.ones(tokens[:, 1:].shape, dtype=torch.bool)
+    at = places(mask, tokens.device)
+    h = gpt.trunk(tokens[:, :-1]).flatten(0, 1)[at]
+    logp = in_pieces(partial(gpt.logps, temperature=temperature), gpt, h, tokens[:, 1:].flatten()[at])
+    return torch.zeros(mask.numel(), device=tokens.device).index_put((at,), logp).view(mask.shape)
 
 
 # ---- the four phases of an update ----
@@ -162,11 +162,12 @@ def token_logps(gpt, tokens, temperature, mask=None):
 @torch.inference_mode()
 def rollout(policy, prompts, eos, cfg, generator):
     """Prompts (token lists) -> the policy's responses: tokens (B,T), lengths, P (B,), mask (B,T-1),
-    ended (B,). (1) Neither top-k nor top-p."""
+    ended (B,), on the CPU. (1) Neither top-k nor top-p."""
     tokens, P = pad(prompts, policy.lm_head.weight.device)
     tokens, lengths = generate(policy, tokens, P, cfg.max_new_tokens, cfg.temperature, eos=eos,
                                generator=generator)
-    last = tokens[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+    tokens, lengths, P = tokens.cpu(), lengths.cpu(), P.cpu()
+    last = tokens[torch.arange(len(tokens)), lengths - 1]
     return {"tokens": tokens, "lengths": lengths, "P": P,
             "mask": response_mask(lengths, P, tokens.shape[1]), "ended": last == eos}
 
@@ -177,12 +178,13 @@ def assess(batch, models, cfg, where="held out"):
 
     (4) A response without end-of-text gets cfg.no_eos_score, whatever the reward model makes of it.
     """
+    device = models.policy.lm_head.weight.device
     new = {name: torch.zeros_like(batch["mask"], dtype=torch.float) for name in ("logp", "ref_logp", "value")}
     for index, b in micro_batches(batch, range(len(batch["mask"])), cfg.micro_batch):
-        t = b["mask"].shape[1]
-        new["logp"][index, :t] = token_logps(models.policy, b["tokens"], cfg.temperature, b["mask"])
-        new["ref_logp"][index, :t] = token_logps(models.ref, b["tokens"], cfg.temperature, b["mask"])
-        new["value"][index, :t] = models.critic(b["tokens"][:, :-1])
+        tokens, t = b["tokens"].to(device), b["mask"].shape[1]
+        new["logp"][index, :t] = token_logps(models.policy, tokens, cfg.temperature, b["mask"]).cpu()
+        new["ref_logp"][index, :t] = token_logps(models.ref, tokens, cfg.temperature, b["mask"]).cpu()
+        new["value"][index, :t] = models.critic(tokens[:, :-1]).cpu()
     score = models.score(batch["tokens"], batch["lengths"], batch["P"])  # once, in the order of the prompts
     new = {name: ranks.total(x) for name, x in new.items()}
     finite(where, score=score, **new)
@@ -208,7 +210,7 @@ def improve(models, optimizers, batch, cfg, update, generator, ptx=None):
     A minibatch goes through in micro-batches of like length, each weighted by its tokens, so their size
     changes no result. When KL(old, new) exceeds 1.5 x cfg.update_kl the gradients are thrown away.
     """
-    policy, critic = models.policy, models.critic
+    policy, critic, device = models.policy, models.critic, models.policy.lm_head.weight.device
     stats = {"grad_norm": 0.0}
     for _ in range(cfg.epochs):
         rows = torch.randperm(len(batch["tokens"]), generator=generator)
@@ -220,20 +222,21 @@ def improve(models, optimizers, batch, cfg, update, generator, ptx=None):
                 critic.zero_grad(set_to_none=True)
                 return stats
             if ptx:
-                sft_backward(policy, ptx(), cfg.micro_batch, batch["tokens"].device, f"update {update}, ptx",
-                             cfg.ptx_coef)
-            stats["grad_norm"] = clip_and_step(policy, optimizers[0], 1.0, update)
+                parts, _ = sft_backward(policy, ptx(), cfg.micro_batch, device, cfg.ptx_coef)
+                finite(f"update {update}, ptx", **to_host(parts))
+            stats |= clip_and_step(policy, optimizers[0], 1.0, update)
             clip_and_step(critic, optimizers[1], 1.0, update)
     return stats
 
 
 def minibatch_backward(models, batch, part, cfg):
     """Gradients of a minibatch, rows `part`, left in .grad of policy and critic; returns its numbers."""
-    total = batch["mask"][part].sum()
-    stats = {"ratio": 0.0, "clipped": 0.0, "update_kl": 0.0, "value_loss": 0.0}
-    for _, b in micro_batches(batch, part, cfg.micro_batch):
-        share, mask = b["mask"].sum() / total, b["mask"]
-        logp = token_logps(models.policy, b["tokens"], cfg.temperature, mask)
+    total, device = batch["mask"][part].sum(), models.policy.lm_head.weight.device
+    parts = {"ratio": [], "clipped": [], "update_kl": [], "value_loss": []}
+    for _, held in micro_batches(batch, part, cfg.micro_batch):
+        share, b = held["mask"].sum() / total, {name: x.to(device) for name, x in held.items()}
+        mask = b["mask"]
+        logp = token_logps(models.policy, b["tokens"], cfg.temperature, held["mask"])
         loss, clipped = policy_loss(logp, b["logp"], b["adv"], mask, cfg.clip)
         (share * loss).backward()  # now, so that the critic's activations take the place of the policy's
         v_loss = value_loss(models.critic(b["tokens"][:, :-1]), b["value"], b["ret"], mask, cfg.clip)
@@ -241,9 +244,9 @@ def minibatch_backward(models, batch, part, cfg):
         with torch.no_grad():
             numbers = {"ratio": masked_mean((logp - b["logp"]).exp(), mask), "clipped": clipped,
                        "update_kl": approx_kl(logp, b["logp"], mask), "value_loss": v_loss}
-        for name, x in numbers.items():
-            stats[name] += (share * x).item()
-    return {name: ranks.total(x) for name, x in stats.items()}
+            for name, x in numbers.items():
+                parts[name].append(share * x)
+    return to_host(parts)
 
 
 # ---- the run ----

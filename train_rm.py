@@ -21,10 +21,9 @@ from data.examples import encode_prompts, encode_rankings, open_data, pad, promp
 from data.files import UserError
 from data.records import read_prompts
 from data.split import read_training
-from lib import ranks
 from lib.checks import check_model
 from lib.checks_rm import check_scores
-from lib.common import clip_and_step, count_steps, finite, pieces, set_lr, shuffled
+from lib.common import clip_and_step, count_steps, pieces, set_lr, shuffled
 from lib.curve import SAMPLE, Curve, sample
 from lib.fast import prepare
 from lib.flags import Shared, bounded, cli, pick_device
@@ -94,22 +93,22 @@ def sizes(groups):
             "rows": [len(group.rows) for group in groups]}
 
 
-def ranking_backward(rm, groups, micro_batch, device, step):
+def ranking_backward(rm, groups, micro_batch, device):
     """Gradients of the loss of `groups`, [Ranking], left in .grad, in pieces of micro_batch tokens;
-    returns (loss, accuracy)."""
+    returns {"loss": [of each piece], "accuracy": [of each]}."""
     ordered = [len(set(group.ranks)) > 1 for group in groups]  # prompts that make a pair
     rated = max(1, sum(len(group.rows) for group in groups if group.ratings))
-    loss = right = 0.0
+    parts = {"loss": [], "accuracy": []}
     for piece in pieces(**sizes(groups), budget=micro_batch):
         some = [groups[i] for i in piece]
         scores = rm.score(*pad([row for group in some for row in group.rows], device))
         numbers = ranking_loss(scores, [group.ranks for group in some])
         part, part_right = (x * (sum(ordered[i] for i in piece) / max(1, sum(ordered))) for x in numbers)
         part = part + rating_loss(scores, some) / rated
-        finite(f"step {step}", loss=part)
         part.backward()
-        loss, right = loss + part.item(), right + part_right.item()
-    return ranks.total(loss), ranks.total(right)
+        for name, x in (("loss", part), ("accuracy", part_right)):
+            parts[name].append(x.detach())
+    return parts
 
 
 def normalise(rm, gpt, groups, prompts, tokenizer, cfg, device):
@@ -170,9 +169,8 @@ def main(cfg):
         if curve.over:
             break
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
-        loss, right = ranking_backward(rm, [groups[i] for i in index], cfg.micro_batch, device, step)
-        norm = clip_and_step(rm, optimizer, 1.0, step)
-        curve.add(loss=loss, accuracy=right, grad_norm=norm)
+        parts = ranking_backward(rm, [groups[i] for i in index], cfg.micro_batch, device)
+        curve.add(**clip_and_step(rm, optimizer, 1.0, step, parts))
         curve.look(step, run.log)
         if step % 25 == 0 or step in (1, steps) or curve.over:
             run.log(step, **curve.means(), lr=lr)

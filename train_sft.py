@@ -18,7 +18,7 @@ from data.records import ANSWER, read_sft
 from data.split import read_split
 from lib import ranks
 from lib.checks import check_model
-from lib.common import clip_and_step, count_steps, finite, pieces, set_lr, shuffled
+from lib.common import clip_and_step, count_steps, finite, pieces, places, set_lr, shuffled
 from lib.curve import Curve, sample
 from lib.fast import in_pieces, prepare
 from lib.flags import Shared, bounded, cli, pick_device
@@ -53,10 +53,10 @@ class Config(Shared, GPTConfig):
 
 
 def sft_batch(rows, device):
-    """[(tokens, P)] -> tokens (B,T), mask (B,T-1): position t is for token t+1, True in completions."""
-    tokens, lengths = pad([row for row, _ in rows], device)
-    P = torch.tensor([p for _, p in rows], device=device)
-    return tokens, response_mask(lengths, P, tokens.shape[1])
+    """[(tokens, P)] -> tokens (B,T), mask (B,T-1) on the CPU, True at t if token t+1 is a completion's."""
+    tokens, lengths = pad([row for row, _ in rows])
+    P = torch.tensor([p for _, p in rows])
+    return tokens.to(device), response_mask(lengths, P, tokens.shape[1])
 
 
 def sft_loss(gpt, tokens, mask):
@@ -64,20 +64,20 @@ def sft_loss(gpt, tokens, mask):
 
     The vocabulary head runs at those positions only.
     """
-    h = gpt.trunk(tokens[:, :-1])[mask]  # (N,C)
-    return -in_pieces(gpt.logps, gpt, h, tokens[:, 1:][mask]).sum(), int(mask.sum())
+    at = places(mask, tokens.device)
+    h = gpt.trunk(tokens[:, :-1]).flatten(0, 1)[at]  # (N,C)
+    return -in_pieces(gpt.logps, gpt, h, tokens[:, 1:].flatten()[at]).sum(), len(at)
 
 
-def sft_backward(gpt, rows, micro_batch, device, where, weight=1.0):
+def sft_backward(gpt, rows, micro_batch, device, weight=1.0):
     """Add the gradients of weight x the loss of `rows`, [(tokens, P)], to .grad, in pieces of micro_batch
-    tokens; returns the loss, nats per supervised token. UserError, naming `where`: it is not finite."""
-    count, total = sum(len(row) - P for row, P in rows), 0.0
+    tokens; returns {"loss": [nats of each piece]} and the number of supervised tokens in all."""
+    count, losses = sum(len(row) - P for row, P in rows), []
     for piece in pieces([len(row) for row, _ in rows], micro_batch):
         loss, _ = sft_loss(gpt, *sft_batch([rows[i] for i in piece], device))
-        finite(where, loss=loss)
         (weight * loss / count).backward()
-        total += loss.item()
-    return ranks.total(total) / count
+        losses.append(loss.detach())
+    return {"loss": losses}, count
 
 
 @torch.no_grad()
@@ -132,9 +132,9 @@ def main(cfg):
         if curve.over:
             break
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
-        loss = sft_backward(gpt, [rows[i] for i in index], cfg.micro_batch, device, f"step {step}")
-        norm = clip_and_step(gpt, optimizer, 1.0, step)
-        curve.add(loss=loss, grad_norm=norm)
+        parts, count = sft_backward(gpt, [rows[i] for i in index], cfg.micro_batch, device)
+        numbers = clip_and_step(gpt, optimizer, 1.0, step, parts)
+        curve.add(**numbers | {"loss": numbers["loss"] / count})
         curve.look(step, run.log)
         if step % 25 == 0 or step in (1, steps) or curve.over:
             run.log(step, **curve.means(), lr=lr)

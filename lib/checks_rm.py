@@ -66,7 +66,7 @@ def check_start(phases, models, prompts, cfg, device):
     short = replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens))
     batch = rollout(models.policy, prompts[:8], models.tokenizer.eos, short,
                     torch.Generator(device).manual_seed(0))
-    unscored = models._replace(score=lambda tokens, lengths, P: torch.zeros(len(tokens), device=device))
+    unscored = models._replace(score=lambda tokens, lengths, P: torch.zeros(len(tokens)))
     batch = advantages(assess(batch, unscored, cfg), 0.0, cfg.lam)
     refuse(not torch.equal(batch["logp"], batch["ref_logp"]), "the KL to the reference is not 0 before the "
            "first step: identical weights gave different log-probs; is dropout still on?")

@@ -55,6 +55,22 @@ def masked_mean(x, mask):
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
+def places(mask, device):
+    """Where a mask (B,T) is True: places (N,) in the flattened (B*T), on `device`. x[mask] would wait for a
+    GPU to tell their number, which a mask on the CPU knows."""
+    return mask.flatten().nonzero()[:, 0].to(device)
+
+
+def to_host(parts):
+    """{name: [tensors without dimensions]} of a step's pieces -> {name: sum of those of all processes},
+    floats, by one transfer: at each the host waits for a GPU."""
+    sums, names = dict.fromkeys(parts, 0.0), [name for name, some in parts.items() for _ in some]
+    numbers = [x.detach() for some in parts.values() for x in some]
+    for name, x in zip(names, torch.stack(numbers).tolist() if numbers else (), strict=True):
+        sums[name] += x
+    return {name: ranks.total(x) for name, x in sums.items()}
+
+
 def micro_batches(batch, rows, budget):
     """(rows, batch of those rows) of this process's share, in pieces of at most `budget` tokens, like lengths
     together, truncated to the longest."""
@@ -114,23 +130,26 @@ def set_lr(optimizer, lr, step, steps, warmup, floor):
     return lr * rise * fall
 
 
-def clip_and_step(model, optimizer, clip, step):
-    """Add up the gradients of all processes, clip their norm, take the step, clear them; returns the norm (a
-    float).
+def clip_and_step(model, optimizer, clip, step, parts=None):
+    """Add up the gradients of all processes, clip their norm, take the step, clear them; returns what
+    `to_host` makes of `parts`, and the norm as "grad_norm", by the one transfer of the step.
 
-    UserError: the gradient is not finite; then the weights stay as they were.
+    UserError: one of these numbers is not finite; then the weights stay as they were.
     """
     ranks.add_gradients(model)
-    try:
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip, error_if_nonfinite=True)
-    except RuntimeError:  # raised before the gradients are scaled, so the culprit can still be told
-        worst = max((p.grad.abs().nan_to_num(nan=math.inf).max().item(), name)
-                    for name, p in model.named_parameters() if p.grad is not None)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # as torch.nn.utils.clip_grad_norm_ does it, which would ask the device whether the norm is finite
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([*grads.values()])))
+    numbers = to_host((parts or {}) | {"grad_norm": [norm / ranks.COUNT]})  # each process has the same
+    finite(f"step {step}", **numbers | {"grad_norm": 0.0})
+    if not math.isfinite(numbers["grad_norm"]):  # said by name
+        worst = max((g.abs().nan_to_num(nan=math.inf).max().item(), name) for name, g in grads.items())
         raise UserError(f"step {step}: non-finite gradient, largest in {worst[1]}; earlier checkpoints are "
-                        "intact; try a smaller --lr") from None
+                        "intact; try a smaller --lr")
+    torch._foreach_mul_([*grads.values()], (clip / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return numbers
 
 
 def finite(where, **numbers):

@@ -239,7 +239,8 @@ def evaluate(phases, prompts, world, cfg, device, models, seed=0):
         batch = rollout(models.policy, some, models.tokenizer.eos, cfg, generator)
         batch = assess(batch, models, cfg)
         with torch.inference_mode():
-            judged = models.judge.score(batch["tokens"], batch["lengths"]) if models.judge else []
+            whole = batch["tokens"].to(device), batch["lengths"].to(device)
+            judged = models.judge.score(*whole) if models.judge else []
         for name, x in {**measure(batch, models.tokenizer, world), "judge": judged}.items():
             result[name] += x.tolist() if torch.is_tensor(x) else x
     return in_units(result, models.score, cfg.no_eos_score)

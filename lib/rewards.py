@@ -85,12 +85,13 @@ def score_rows(rm, rows, budget, device):
 
 
 def model_score(rm, micro_batch=math.inf):
-    """The reward model as a function of (tokens, lengths, P) -> (B,), in pieces of micro_batch tokens."""
+    """The reward model as a function of (tokens, lengths, P) -> (B,) on the CPU, in pieces of micro_batch
+    tokens."""
     def score(tokens, lengths, P):
-        scores = torch.zeros(len(tokens), device=tokens.device)
+        scores, device = torch.zeros(len(tokens)), rm.reward_head.weight.device
         batch = {"tokens": tokens, "lengths": lengths}
         for index, b in micro_batches(batch, range(len(tokens)), micro_batch):
-            scores[index] = rm.score(b["tokens"], b["lengths"])
+            scores[index] = rm.score(b["tokens"].to(device), b["lengths"].to(device)).cpu()
         return ranks.total(scores)
     return score
 

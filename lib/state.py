@@ -36,8 +36,9 @@ def check_state(part, state, name):
 
 def check_like(ours, theirs, where):
     """ValueError unless both are alike: types, keys, lengths, shapes and dtypes; floats are finite."""
-    if type(ours) is not type(theirs):
-        raise ValueError(f"{where} is a {type(theirs).__name__}, expected a {type(ours).__name__}")
+    kind = torch.Tensor if isinstance(ours, torch.Tensor) else type(ours)
+    if type(theirs) is not kind:
+        raise ValueError(f"{where} is a {type(theirs).__name__}, expected a {kind.__name__}")
     if isinstance(ours, dict):
         if ours.keys() != theirs.keys():
             raise ValueError(f"{where} has other keys")

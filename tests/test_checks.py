@@ -283,7 +283,8 @@ def test_no_script_starts_with_a_broken_model(made, monkeypatch, tmp_path, scrip
 
 def test_sft_trains_in_train_mode_after_its_self_check(made, monkeypatch, tmp_path):
     modes = []
-    monkeypatch.setattr(train_sft, "clip_and_step", lambda gpt, *rest: modes.append(gpt.training) or 0.0)
+    monkeypatch.setattr(train_sft, "clip_and_step", lambda gpt, *rest: modes.append(gpt.training)
+                        or {"loss": 0.0, "grad_norm": 0.0})
     train_sft.main(train_sft.Config(**made | SIZES | {"out": str(tmp_path)}, epochs=0.5))
     assert modes and all(modes)
 

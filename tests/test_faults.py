@@ -134,8 +134,8 @@ def test_F_a_result_that_is_not_finite_is_not_saved(folder, monkeypatch):
 def test_F_scores_that_are_not_finite_end_the_reward_model(folder, monkeypatch):
     monkeypatch.setattr(RewardModel, "score", lambda rm, tokens, lengths: rm(tokens)[:, 0] * math.nan)
     monkeypatch.setattr(train_rm, "check_scores", lambda rm: None)
-    monkeypatch.setattr(train_rm, "ranking_backward", lambda *args: (0.5, 0.5))
-    monkeypatch.setattr(train_rm, "clip_and_step", lambda *args: 0.0)
+    monkeypatch.setattr(train_rm, "ranking_backward", lambda *args: [])
+    monkeypatch.setattr(train_rm, "clip_and_step", lambda *args: dict.fromkeys(("loss", "accuracy"), 0.5))
     with pytest.raises(UserError, match="non-finite"):
         rm()
     assert not Path("out/rm.pt").exists()

@@ -317,14 +317,14 @@ def test_P25_P24_learning_rates_and_adam(run, monkeypatch):
 @pytest.mark.parametrize("script", [train_sft, train_rm], ids=["sft", "rm"])
 def test_learning_rates_and_log_of_sft_and_rm(made, tmp_path, monkeypatch, spy, script):
     """Step s of S, counted from 1, has peak x min(1, s/(S/10)) x a cosine that is 1 at the first."""
-    seen, norms, shipped = [], [], script.clip_and_step
-    losses = spy(script, "sft_backward" if script is train_sft else "ranking_backward")
+    seen, results, shipped = [], [], script.clip_and_step
+    calls = spy(script, "sft_backward" if script is train_sft else "ranking_backward")
 
-    def step(model, optimizer, clip, number):
+    def step(model, optimizer, clip, number, parts):
         seen.append({g["lr"] for g in optimizer.param_groups})
         assert clip == 1.0 and number == len(seen)
-        norms.append(shipped(model, optimizer, clip, number))
-        return norms[-1]
+        results.append(shipped(model, optimizer, clip, number, parts))
+        return results[-1]
     monkeypatch.setattr(script, "clip_and_step", step)
     shutil.copy(made / "out/sft.pt", tmp_path)
     settings = {"data": str(made / "data"), "out": str(tmp_path), "lr": 1e-3, "save_every": 0, "keep": "last"}
@@ -338,10 +338,12 @@ def test_learning_rates_and_log_of_sft_and_rm(made, tmp_path, monkeypatch, spy, 
     last = 0
     for line in steps(tmp_path / ("sft.log.jsonl" if script is train_sft else "rm.log.jsonl")):
         s = line["step"]
-        numbers = [x if script is train_rm else (x,) for _, x in losses[last:s]]  # since the last line
-        means = dict(zip(("loss", "accuracy"), map(fmean, zip(*numbers, strict=True)), strict=False))
-        assert line == pytest.approx({"step": s, **means, "lr": seen[s - 1].pop(),
-                                      "grad_norm": fmean(norms[last:s])})
+        numbers = results[last:s]  # since the last line
+        if script is train_sft:  # nats a token
+            numbers = [x | {"loss": x["loss"] / count}
+                       for x, (_, (_, count)) in zip(numbers, calls[last:s], strict=True)]
+        means = {name: fmean(x[name] for x in numbers) for name in numbers[0]}
+        assert line == pytest.approx({"step": s, **means, "lr": seen[s - 1].pop()})
         last = s
     assert [bool(rates) for rates in seen] == [s % 25 != 0 and s not in (1, S) for s in range(1, S + 1)]
 
@@ -426,9 +428,8 @@ def test_ptx_goes_through_the_demonstrations_one_batch_a_step(made, run, spy):
     calls = spy(ppo, "sft_backward")
     run(updates=2, ptx_coef=0.5, update_kl=1e9)
     assert len(calls) == 8  # updates x epochs x minibatches
-    for (_, rows, micro_batch, device, where, weight), _ in calls:
+    for (_, rows, micro_batch, device, weight), _ in calls:
         assert len(rows) == 8 and micro_batch == 256 and device == CPU and weight == 0.5
-        assert where == f"update {1 if where.startswith('update 1') else 2}, ptx"
     demonstrations = encode_demonstrations(read_sft(made / "data/sft.jsonl"), BYTES, 32, "")
     assert sorted(row for (_, rows, *_), _ in calls for row in rows) == sorted(demonstrations)
 

@@ -14,6 +14,7 @@ import train_rm
 from data.examples import Ranking, encode_rankings, pad
 from data.files import UserError
 from lib.checkpoint import load, save
+from lib.common import to_host
 from lib.generate import generate
 from lib.report import accuracy, calibration_error, half_width, report_pairs
 from lib.rewards import score_rows
@@ -72,12 +73,12 @@ def test_micro_batches_change_no_gradient(monkeypatch):
     for size in (1, 30, 10**6):
         torch.manual_seed(0)
         rm = RewardModel(Trunk(gpt_config(17, 16, 1, 2, 16)))
-        numbers = train_rm.ranking_backward(rm, groups, size, "cpu", 1)
-        results[size] = *numbers, [p.grad for p in rm.parameters()]
+        numbers = to_host(train_rm.ranking_backward(rm, groups, size, "cpu"))
+        results[size] = numbers["loss"], numbers["accuracy"], [p.grad for p in rm.parameters()]
     fed = []
     monkeypatch.setattr(train_rm, "pad", lambda rows, device: fed.append(len(rows) * max(map(len, rows)))
                         or pad(rows, device))
-    train_rm.ranking_backward(RewardModel(Trunk(gpt_config(17, 16, 1, 2, 16))), groups, 40, "cpu", 1)
+    train_rm.ranking_backward(RewardModel(Trunk(gpt_config(17, 16, 1, 2, 16))), groups, 40, "cpu")
     assert max(fed) <= 40 and len(fed) > 2  # padding included
     monkeypatch.undo()
     whole = ranking_loss(rm.score(*pad([row for g in groups for row in g.rows])), ranks)
@@ -98,7 +99,7 @@ def test_ratings_add_the_mean_squared_error_of_the_scores_that_have_one():
     for size in (1, 40, 10**6):
         torch.manual_seed(0)
         rm = RewardModel(Trunk(gpt_config(17, 16, 1, 2, 16)))
-        made = train_rm.ranking_backward(rm, groups, size, "cpu", 1)[0]
+        made = to_host(train_rm.ranking_backward(rm, groups, size, "cpu"))["loss"]
         results[size] = made, [p.grad for p in rm.parameters()]
     scores = rm.score(*pad([row for group in groups for row in group.rows]))
     error = (scores[[0, 1, 5, 6, 7]] - torch.tensor([0.5, -1.0, 2.0, 0.0, -0.5])) ** 2

@@ -9,7 +9,7 @@ from helpers import BYTES, TINY, gen, gpt_config
 from data.examples import encode_demonstrations, encode_prompt, pad
 from data.files import UserError
 from lib import fast
-from lib.common import batches, clip_and_step, count_steps, set_lr, shuffled
+from lib.common import batches, clip_and_step, count_steps, set_lr, shuffled, to_host
 from lib.generate import generate
 from model import GPT, GPTConfig
 from train_sft import Config, evaluate, make_optimizer, sft_backward, sft_batch, sft_loss
@@ -122,8 +122,8 @@ def test_S6_sft_backward_is_the_loss_a_token_and_its_gradient(tiny, micro_batch)
     gpt = tiny()
     whole, (loss, count) = gradient(gpt, [ROWS], ROWS), sft_loss(gpt, *sft_batch(ROWS, "cpu"))
     for weight, times in (((), 2), ((0.5,), 2.5)):  # on top of the 1 of `whole`
-        mean = sft_backward(gpt, ROWS, micro_batch, "cpu", "here", *weight)
-        assert mean == pytest.approx(loss.item() / count, rel=1e-5)
+        parts, number = sft_backward(gpt, ROWS, micro_batch, "cpu", *weight)
+        assert to_host(parts) == {"loss": pytest.approx(loss.item(), rel=1e-5)} and number == count
         now = torch.cat([p.grad.flatten() for p in gpt.parameters()])
         torch.testing.assert_close(now, times * whole, atol=1e-5, rtol=1e-4)
 
@@ -300,7 +300,8 @@ def test_clip_and_step_clips_the_whole_norm_and_clears(tiny):
     for p in gpt.parameters():
         p.grad = torch.full_like(p, 2.0)
     norm = 2 * math.sqrt(len(before))
-    assert clip_and_step(gpt, optimizer, 1.0, 0) == pytest.approx(norm, rel=1e-4)  # that before clipping
+    made = clip_and_step(gpt, optimizer, 1.0, 0, [{"loss": torch.tensor(2.0)}, {"loss": torch.tensor(3.0)}])
+    assert made == {"loss": 5.0, "grad_norm": pytest.approx(norm, rel=1e-4)}  # that before clipping
     moved = before - torch.cat([p.detach().flatten() for p in gpt.parameters()])
     assert moved.norm().item() == pytest.approx(1.0, rel=1e-3)
     assert all(p.grad is None for p in gpt.parameters())

@@ -198,7 +198,7 @@ def bench_ragged(rows, config, repeats, device):
         return sum(len(index) * max(len(rows[i][0]) for i in index) for index in plan)
 
     def plain_loss(tokens, mask):
-        targets = tokens[:, 1:].masked_fill(~mask, -100)
+        targets = tokens[:, 1:].masked_fill(~mask.to(device), -100)
         logits = gpt(tokens[:, :-1]).flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), reduction="sum"), mask.sum()
 

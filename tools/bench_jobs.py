@@ -103,7 +103,7 @@ def sft_job(shape, device):
     blocks, head = matrices(gpt.config)
 
     def step():
-        train_sft.sft_backward(gpt, rows, cfg.micro_batch, device, "bench")
+        train_sft.sft_backward(gpt, rows, cfg.micro_batch, device)
         clip_and_step(gpt, optimizer, 1.0, 0)
 
     fed, count = sum(len(row) - 1 for row, _ in rows), sum(len(row) - P for row, P in rows)
@@ -118,7 +118,7 @@ def rm_job(shape, device):
     optimizer = torch.optim.AdamW(rm.parameters(), lr=1e-5, fused=True)
 
     def step():
-        train_rm.ranking_backward(rm, pairs, train_rm.Config.micro_batch, device, 0)
+        train_rm.ranking_backward(rm, pairs, train_rm.Config.micro_batch, device)
         clip_and_step(rm, optimizer, 1.0, 0)
 
     fed = sum(map(len, rows))

@@ -20,6 +20,7 @@ import ppo
 from data.examples import fit, pad, response_mask
 from data.files import UserError, json_object, printable
 from lib.checkpoint import load, load_tokenizer, write
+from lib.common import places
 from lib.fast import in_pieces, prepare
 from lib.flags import check_numbers
 from lib.output import Harmless
@@ -174,11 +175,11 @@ def trace(sources, row, P):
     """What each response token of a row did: {column: a float for each}, and of the whole response: prompt
     (its score alone), score (as PPO has it), kl, reward (the sum), ended."""
     policy, ref, rm, critic, tokenizer, cfg, there, _ = sources
-    tokens, lengths = pad([row], policy.lm_head.weight.device)
+    (tokens, lengths), device = pad([row]), policy.lm_head.weight.device
     start = torch.full_like(lengths, P)
     batch = {"tokens": tokens, "lengths": lengths, "P": start, "ended": tokens[:, -1] == tokenizer.eos,
              "mask": response_mask(lengths, start, len(row))}
-    none = torch.zeros(tokens.shape, device=tokens.device)
+    none = torch.zeros(tokens.shape)
     models = Models(policy, ref or policy, critic or (lambda text: none[:, : text.shape[1]]),
                     model_score(rm) if rm else lambda *_: none[:, 0], None, tokenizer)
     batch = ppo.advantages(ppo.assess(batch, models, cfg, "tokens"), cfg.kl_coef, cfg.lam)
@@ -186,7 +187,7 @@ def trace(sources, row, P):
     adv, _ = ppo.gae(batch["reward"], batch["value"], mask, 1.0, cfg.lam)
     scores = prefix_scores(rm, row, P).tolist() if rm else [0.0]
     spread = in_pieces(partial(entropy, policy, temperature=cfg.temperature), policy,
-                       policy.trunk(tokens[:, :-1])[mask])
+                       policy.trunk(tokens[:, :-1].to(device)).flatten(0, 1)[places(mask, device)])
     columns = {"value": batch["value"], "logp": batch["logp"], "ref": batch["ref_logp"], "kl": kl,
                "penalty": cfg.kl_coef * kl, "reward": batch["reward"], "adv": adv}
     columns = {name: x[mask].tolist() for name, x in columns.items()}
