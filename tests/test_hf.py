@@ -744,7 +744,7 @@ EDGES = [
     "", " ", "  ", "\n", "\n\n\n x  \t\r\n", " a", "a ", "a  ", "a\n", "a \n", "a\n\n", "\xff", "\x00",
     "\x7f", "\ufffd", "\U0010ffff", "<|endoftext|>", " <|endoftext|> ", "<|pad|>", "a" * 3000, " " * 3000,
     "\n" * 999 + "x", "ab" * 2000, "!" * 2000, "7" * 2000, "é" * 1000, "e" + "\u0301" * 500, "👩‍" * 300,
-    "it's we'll  I'VE 123 4½", WORDS, WORDS * 9, "".join(map(chr, range(3000))),
+    "it's we'll  I'VE 123 4½", "a .  , ! ? n't 'm", WORDS, WORDS * 9, "".join(map(chr, range(3000))),
     bytes(range(256)).decode("latin-1"), bytes(range(256)).decode("utf-8", "replace")]
 
 
