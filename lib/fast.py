@@ -1,6 +1,6 @@
 """How this machine multiplies: `prepare` puts it on a model from outside, so model.py holds plain layers.
 
-On a CPU: matrix products by oneDNN where PyTorch's own choice is slow, weights packed for generation,
+On a CPU: matrix products by oneDNN where PyTorch's own choice is slow, large weights packed for generation,
 freed memory kept. On request: bfloat16, recomputed blocks, torch.compile.
 """
 import ctypes
@@ -28,8 +28,9 @@ def prepare(model, device="cpu", cfg=None):
     blocks' matrix products in bfloat16; residuals, norms, heads and generation stay float32.
     --checkpoint-activations: only each block's input is kept for the backward pass, which computes the
     block again (Chen et al. 2016). --compile: by torch.compile; on a GPU also the steps of `generate`, each
-    as one CUDA graph.
+    as one CUDA graph. UserError: see `product`.
     """
+    product()
     model.to(device)
     for layer in model.modules():
         if type(layer) is nn.Linear and layer.out_features > 1:  # a head of one number is no work
@@ -125,16 +126,33 @@ def fixed_steps(gpt):
 
 # ---- matrix products on a CPU ----
 
-def cpu_is_amd():
-    """Whether this is an AMD CPU, where PyTorch's default for matrix products (MKL) is slow."""
-    info = Path("/proc/cpuinfo")  # Linux; platform knows only on Windows
-    return "AuthenticAMD" in (info.read_text() if info.exists() else platform.processor())
-
-
-ON_AMD = cpu_is_amd()
 # private operators, those that torch.compile itself emits: nn.Linear stays where they do not exist
 ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+
+
+def amd_family():
+    """The family of an AMD CPU: 25 is Zen 3 and 4, 26 is Zen 5. 0: another CPU, or it does not say."""
+    try:
+        about = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:  # there is none but on Linux
+        about = platform.processor()  # says it on Windows
+    family = re.search(r"family\s*:?\s*(\d+)", about, re.IGNORECASE)
+    return int(family[1]) if family and "AuthenticAMD" in about else 0
+
+
+@functools.cache
+def product():
+    """What multiplies matrices on this CPU: "onednn" where MKL is half as fast, else "mkl", PyTorch's choice.
+
+    The environment variable ONETRUNK_PRODUCT forces one. UserError: it is neither, or this PyTorch lacks it.
+    """
+    asked = os.environ.get("ONETRUNK_PRODUCT") or ("onednn" if ONEDNN and amd_family() >= 26 else "mkl")
+    if asked not in ("mkl", "onednn"):
+        raise UserError(f"ONETRUNK_PRODUCT={asked:.100}: expected mkl or onednn")
+    if asked == "onednn" and not ONEDNN:
+        raise UserError("ONETRUNK_PRODUCT=onednn: this PyTorch has no oneDNN that can be called; take mkl")
+    return asked
 
 
 def onednn(x, weight, bias=None):
@@ -159,10 +177,10 @@ class Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, which on an AMD CPU multiplies with oneDNN where PyTorch takes MKL.
+    """nn.Linear, which multiplies with oneDNN where `product` says so.
 
-    (1500 x 128) @ (128 x 512) with its gradients, 2 cores of an AMD Zen 5: 200 GFLOP/s by MKL, 420 by oneDNN;
-    2 cores of an Intel Xeon: 260 by MKL, 220 by oneDNN.
+    (1500 x 128) @ (128 x 512) with its gradients, GFLOP/s of 2 cores: 200 by MKL and 420 by oneDNN on Zen 5;
+    260 and 220 on an Intel Xeon; oneDNN is 1.0 to 1.09 times as fast as MKL on Zen 4, 0.94 times on Zen 3.
     """
 
     packed = None  # see `packed`
@@ -173,7 +191,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         if self.packed is not None:
             return onednn(x, self.packed, self.bias)
-        if not (ON_AMD and onednn_takes(x)) or torch.is_autocast_enabled("cpu"):
+        if product() == "mkl" or not onednn_takes(x) or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         rows = x.flatten(0, -2)  # (N,C)
         N = len(rows)
@@ -189,15 +207,20 @@ def onednn_takes(x):
 
 
 @contextmanager
-def packed(model):
-    """Inside this context, each `Linear` of the model uses weights prepacked for oneDNN.
+def packed(model, rows):
+    """Inside this context each `Linear` that gains by it at `rows` rows uses weights prepacked for oneDNN.
 
-    With few rows, as in generation, a product takes a third of the time or less on AMD, two thirds on Intel,
-    where small ones gain nothing; (16 x 768) @ (768 x 50257): 17 ms by MKL and 4 ms so on AMD, 11.5 and 7.8
-    on Intel. The copies cost as much memory again and are dropped afterwards.
+    The copies cost as much memory again and are dropped afterwards. With `product` oneDNN, which pads few
+    rows to 128, all gain: (16 x 768) @ (768 x 50257) takes 17 ms by MKL and 4 ms so on Zen 5. Else large ones
+    do: up to 2^17 numbers nothing is gained on Intel, Zen 3 and Zen 4; above, a product takes two thirds of
+    the time on Intel, that or less on Zen 4, and half to 9/10 on Zen 3 from 2^20 numbers on. A single row
+    needs 2^22 numbers. docs/speed.md has a table.
     """
+    def gains(n):
+        return product() == "onednn" or n > 2**17 and rows * n >= 2**22
+
     layers = [x for x in model.modules() if isinstance(x, Linear) and onednn_takes(x.weight)
-              and (ON_AMD or x.weight.numel() > 2**17)]
+              and gains(x.weight.numel())]
     for layer in layers:
         layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 16)  # good for 1 to 1,000 rows
     try:

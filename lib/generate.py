@@ -109,7 +109,7 @@ def generate(gpt, tokens, lengths, max_new_tokens, temperature=1.0, top_k=None, 
     def some(rows):
         return _generate(gpt, tokens[rows], lengths[rows], uniform[rows], eos, temperature, top_k, top_p)
 
-    with packed(gpt):
+    with packed(gpt, B):
         made, ends = ranks.together(some, lengths)
     return made[:, : int(ends.max())], ends
 

@@ -30,6 +30,7 @@ from lib.checkpoint import (
     write_lines,
 )
 from lib.common import Log
+from lib.fast import product
 from lib.state import check_state, get_state, set_state
 
 try:
@@ -140,8 +141,9 @@ class Run:
         if saved:
             print(f"resuming after step {self.step} of {steps}")
             for name, count in counts().items():
-                if type(were := saved.get(name)) is int and were != count:
-                    print(f"with another number of {name} than before ({were}) it rounds in another way, so "
+                if type(were := saved.get(name)) is type(count) and were != count:
+                    of = "number of " * (type(count) is int)
+                    print(f"with another {of}{name} than before ({were!s:.20}) it rounds in another way, so "
                           "it will not end with the same bits")
         self._remember()
         self._seed_dropout()
@@ -323,7 +325,7 @@ class Run:
 
 def counts():
     """What rounding depends on."""
-    return {"threads": torch.get_num_threads(), "processes": ranks.COUNT}
+    return {"threads": torch.get_num_threads(), "processes": ranks.COUNT, "product": product()}
 
 
 def says_plainly(saved):

@@ -9,6 +9,7 @@ import torch
 from helpers import gpt_config
 
 from data.files import UserError
+from lib.fast import product
 from lib.generate import generate
 from model import GPT, RewardModel, Trunk
 from tools import bench, bench_plan
@@ -59,6 +60,7 @@ def test_it_finishes(tiny_world, tmp_path, capsys):
                                     "rollout", "scoring", "policy", "critic"}
     assert set(result["growth"]) == {"batch 2", "batch 4", "length 8", "d_model 16"}
     assert result["machine"]["torch"] == torch.__version__ and result["machine"]["threads"] > 0
+    assert result["machine"]["product"] == product()
     printed = capsys.readouterr().out
     assert "ragged SFT" in printed and "early stops" in printed and "nan" not in printed
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import BYTES, PPO, SIZES, jsonl, lines, make_data, same_weights, steps, tiny_gpt
 
+import lib.resume
 import ppo
 import train_rm
 import train_sft
@@ -244,6 +245,18 @@ def test_another_number_of_threads_is_said(folder, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(torch, "get_num_threads", lambda: now + 1)
     train(folder, tmp_path, resume=True)
     assert f"another number of threads than before ({now})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("was, now", [("mkl", "onednn"), ("onednn", "mkl"), ("mkl", "mkl")])
+def test_another_product_is_said(folder, tmp_path, monkeypatch, capsys, was, now):
+    monkeypatch.setattr(lib.resume, "product", lambda: was)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        stop_after(patched, 3)
+        train(folder, tmp_path)
+    monkeypatch.setattr(lib.resume, "product", lambda: now)
+    capsys.readouterr()
+    train(folder, tmp_path, resume=True)
+    assert (f"another product than before ({was}) it rounds" in capsys.readouterr().out) == (was != now)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ knows of no architecture, and takes parameters without a gradient; what is GPT-2
 import copy
 import itertools
 import math
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from helpers import gen, padded
 import lib.generate
 import model
 from data.examples import pad
+from data.files import UserError
 from lib import fast
 from lib.checks import check_model
 from lib.fast import prepare
@@ -564,7 +566,7 @@ def test_generate_ignores_what_stands_in_the_pads(ready, generate):
 
 @torch.no_grad()
 def test_generate_reads_weights_as_they_are_now(ready, monkeypatch):
-    monkeypatch.setattr(fast, "ON_AMD", True)  # where all weights are packed
+    monkeypatch.setattr(fast, "product", lambda: "onednn")  # where all weights are packed
     gpt, (tokens, lengths) = ready(), padded(PROMPTS)
     before = generate(gpt, tokens, lengths, 8, temperature=0)[0]
     gpt.trunk.blocks[0].attn.proj.weight.mul_(-3)
@@ -768,9 +770,10 @@ def test_generation_is_in_float32_and_keeps_nothing_whatever_the_flags(ready, ti
 # ---- lib/fast.py: matrix products ----
 
 needs_onednn = pytest.mark.skipif(not fast.ONEDNN, reason="this PyTorch has no oneDNN")
+both_products = pytest.mark.parametrize("product", ["mkl", "onednn"])
 
 
-def product(layer, x, dy):
+def with_gradients(layer, x, dy):
     """The layer's output, and the gradients of x, weight and bias."""
     x = x.clone().requires_grad_()
     y = layer(x)
@@ -781,36 +784,83 @@ def product(layer, x, dy):
                                         ((0, 16), 8), ((2, 0, 16), 8), ((16,), 8)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
-@pytest.mark.parametrize("amd", [True, False])
-def test_linear_is_nn_linear_with_its_gradients(rng, monkeypatch, shape, out, bias, turned, amd):
-    monkeypatch.setattr(fast, "ON_AMD", amd)
+@both_products
+def test_linear_is_nn_linear_with_its_gradients(rng, monkeypatch, shape, out, bias, turned, product):
+    monkeypatch.setattr(fast, "product", lambda: product)
     layer, plain = fast.Linear(shape[-1], out, bias=bias), torch.nn.Linear(shape[-1], out, bias=bias)
     plain.load_state_dict(layer.state_dict())
     x, dy = torch.randn(shape, generator=rng), torch.randn(*shape[:-1], out, generator=rng)
     if turned and x.dim() > 1:  # not contiguous in memory
         x, dy = x.mT.contiguous().mT, dy.mT.contiguous().mT
-    for ours, theirs in zip(product(layer, x, dy), product(plain, x, dy), strict=True):
+    for ours, theirs in zip(with_gradients(layer, x, dy), with_gradients(plain, x, dy), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cpuinfo, processor, amd", [
-    ("vendor_id\t: AuthenticAMD\n", "", True), ("vendor_id\t: GenuineIntel\n", "", False),
-    (None, "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", True), (None, "arm", False)])
-def test_which_cpus_are_amd(monkeypatch, tmp_path, cpuinfo, processor, amd):
-    if cpuinfo:
-        (tmp_path / "cpuinfo").write_text(cpuinfo)
-    monkeypatch.setattr(fast, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
-    monkeypatch.setattr(fast.platform, "processor", lambda: processor)
-    assert fast.cpu_is_amd() is amd
+CPUINFO = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: 26\nmodel name\t: caf\xe9\n"
+
+
+@pytest.fixture
+def cpu(monkeypatch, tmp_path):
+    """A function by which this CPU gets another /proc/cpuinfo (None: there is none) or platform.processor."""
+    def become(cpuinfo, processor="", asked=None):
+        if cpuinfo is not None:
+            (tmp_path / "cpuinfo").write_bytes(cpuinfo.encode("latin-1"))
+        monkeypatch.setattr(fast, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
+        monkeypatch.setattr(fast.platform, "processor", lambda: processor)
+        monkeypatch.setattr(fast, "ONEDNN", True)
+        monkeypatch.delenv("ONETRUNK_PRODUCT", raising=False)
+        if asked is not None:
+            monkeypatch.setenv("ONETRUNK_PRODUCT", asked)
+        fast.product.cache_clear()
+
+    yield become
+    fast.product.cache_clear()
+
+
+@pytest.mark.parametrize("cpuinfo, processor, family", [
+    (CPUINFO.format("AuthenticAMD", 25), "", 25), (CPUINFO.format("AuthenticAMD", 26), "", 26),
+    (CPUINFO.format("AuthenticAMD", 127), "", 127), (CPUINFO.format("GenuineIntel", 26), "", 0),
+    ("vendor_id\t: AuthenticAMD\n", "", 0), ("vendor_id : AuthenticAMD\ncpu family : unknown\n", "", 0),
+    ("", "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", 0), ("CPU implementer\t: 0x41\n", "arm", 0),
+    (None, "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", 26), (None, "arm", 0), (None, "", 0),
+    (None, "Intel64 Family 26 Model 85 Stepping 7, GenuineIntel", 0)])
+def test_which_amd_cpu_this_is(cpu, cpuinfo, processor, family):
+    cpu(cpuinfo, processor)
+    assert fast.amd_family() == family
+    assert fast.product() == ("onednn" if family >= 26 else "mkl")
+
+
+@pytest.mark.parametrize("family", [25, 26])
+@pytest.mark.parametrize("asked", ["mkl", "onednn", ""])
+def test_one_variable_forces_the_product(cpu, family, asked):
+    cpu(CPUINFO.format("AuthenticAMD", family), asked=asked)
+    assert fast.product() == (asked or {25: "mkl", 26: "onednn"}[family])
+
+
+@pytest.mark.parametrize("asked", ["MKL", "onednn ", "1"])
+def test_an_unknown_product_is_one_sentence_before_anything_is_prepared(cpu, tiny, asked):
+    cpu(None, asked=asked)
+    with pytest.raises(UserError, match=f"^ONETRUNK_PRODUCT={asked}: expected mkl or onednn$"):
+        prepare(tiny())
+
+
+def test_without_onednn_it_is_not_chosen_and_can_not_be_forced(cpu, monkeypatch, tiny):
+    cpu(CPUINFO.format("AuthenticAMD", 26))
+    monkeypatch.setattr(fast, "ONEDNN", False)
+    assert fast.product() == "mkl"
+    cpu(CPUINFO.format("AuthenticAMD", 26), asked="onednn")
+    monkeypatch.setattr(fast, "ONEDNN", False)
+    with pytest.raises(UserError, match="^ONETRUNK_PRODUCT=onednn: this PyTorch has no oneDNN"):
+        prepare(tiny())
 
 
 @needs_onednn
 def test_linear_takes_onednn_where_it_can_and_pytorch_elsewhere(monkeypatch):
     layer, x, sizes, real = fast.Linear(8, 4), torch.randn(3, 8), [], fast.onednn
     monkeypatch.setattr(fast, "onednn", lambda x, *more: sizes.append(len(x)) or real(x, *more))
-    monkeypatch.setattr(fast, "ON_AMD", False)
+    monkeypatch.setattr(fast, "product", lambda: "mkl")
     assert layer(x).shape == (3, 4) and not sizes
-    monkeypatch.setattr(fast, "ON_AMD", True)
+    monkeypatch.setattr(fast, "product", lambda: "onednn")
     for N in (1, 3, 127, 128, 129):
         assert layer(torch.randn(N, 8)).shape == (N, 4)
     assert sizes == [128, 128, 128, 128, 256]  # few sizes: a kernel is cached for each of them
@@ -818,17 +868,17 @@ def test_linear_takes_onednn_where_it_can_and_pytorch_elsewhere(monkeypatch):
         assert layer(x).dtype == torch.bfloat16
     assert copy.deepcopy(layer).double()(x.double()).dtype == torch.float64
     monkeypatch.setattr(fast, "ONEDNN", False)
-    with fast.packed(layer):
+    with fast.packed(layer, 3):
         assert layer.packed is None and layer(x).shape == (3, 4)
     assert len(sizes) == 5
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("amd", [True, False])
-def test_without_onednn_a_prepared_model_is_one_of_nn_linear(tiny, monkeypatch, amd):
+@both_products
+def test_without_onednn_a_prepared_model_is_one_of_nn_linear(tiny, monkeypatch, product):
     """Where torch lacks the private operators: the same bits, trained or generated."""
     monkeypatch.setattr(fast, "ONEDNN", False)
-    monkeypatch.setattr(fast, "ON_AMD", amd)
+    monkeypatch.setattr(fast, "product", lambda: product)
     monkeypatch.setattr(fast, "onednn", None)
     plain = tiny(vocab_size=4097)
     gpt = prepare(copy.deepcopy(plain), "cpu", Config())
@@ -837,17 +887,28 @@ def test_without_onednn_a_prepared_model_is_one_of_nn_linear(tiny, monkeypatch, 
     assert equal(*(generate(net, tokens, lengths, new, generator=gen(1)) for net in (plain, gpt)))
 
 
+def test_generate_packs_for_its_number_of_rows(ready, monkeypatch):
+    asked = []
+    monkeypatch.setattr(lib.generate, "packed", lambda gpt, rows: asked.append(rows) or nullcontext())
+    generate(ready(), *padded(PROMPTS), 2)
+    assert asked == [len(PROMPTS)]
+
+
 @needs_onednn
 @torch.no_grad()
-@pytest.mark.parametrize("amd", [True, False])
-def test_packed_changes_nothing_and_ends(ready, rng, monkeypatch, amd):
-    monkeypatch.setattr(fast, "ON_AMD", amd)
-    gpt, tokens = ready(vocab_size=4097), random_tokens(rng, 5, 12)  # a head of more than 2**17 numbers
+@pytest.mark.parametrize("product, rows, V, packs", [
+    ("onednn", 1, 4097, "all"), ("mkl", 32, 4097, "head"), ("mkl", 31, 4097, "none"),
+    ("mkl", 32, 4096, "none")])
+def test_packed_changes_nothing_and_ends(ready, rng, monkeypatch, product, rows, V, packs):
+    """With mkl, matrices of more than 2^17 numbers, and of 2^22 in all rows: here the head has 32 x V."""
+    monkeypatch.setattr(fast, "product", lambda: product)
+    gpt, tokens = ready(vocab_size=V), random_tokens(rng, 5, 12)
     expected = gpt(tokens)
-    with pytest.raises(KeyboardInterrupt), fast.packed(gpt):
+    with pytest.raises(KeyboardInterrupt), fast.packed(gpt, rows):
         layers = [layer for layer in gpt.modules() if isinstance(layer, fast.Linear)]
         assert len(layers) > 4 and gpt.lm_head in layers
-        assert all((layer.packed is not None) == (amd or layer is gpt.lm_head) for layer in layers)
+        assert all((layer.packed is not None) == (packs == "all" or packs == "head" and layer is gpt.lm_head)
+                   for layer in layers)
         torch.testing.assert_close(gpt(tokens), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(gpt(tokens[:1, :1]), expected[:1, :1], atol=1e-5, rtol=0)
         raise KeyboardInterrupt

@@ -91,6 +91,18 @@ def test_sampling_needs_no_compiler(folder):
     assert done.returncode == 0, done.stderr
 
 
+def test_an_unknown_product_is_one_sentence_before_training(folder):
+    save(folder / "sft.pt", tiny_gpt(vocab_size=BYTES.vocab_size), BYTES)
+    env = os.environ | {"ONETRUNK_PRODUCT": "openblas"}
+    runs = {"train_sft.py": ("--data", folder / "data", "--out", folder / "out", "--tokenizer", "bytes"),
+            "sample.py": ("--ckpt", folder / "sft.pt", "A")}
+    for name, args in runs.items():
+        done = script(name, *args, env=env)
+        assert one_sentence(done), done.stderr
+        assert done.stderr == f"{name}: ONETRUNK_PRODUCT=openblas: expected mkl or onednn\n"
+    assert not list(folder.glob("out/sft*.pt"))
+
+
 # ---- memory ----
 
 @pytest.fixture

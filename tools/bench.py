@@ -37,7 +37,7 @@ from data.records import read_prompts, read_sft
 from data.tokenizer import train_tokenizer
 from lib.checkpoint import load, load_tokenizer
 from lib.common import batches, clip_and_step
-from lib.fast import Linear, prepare
+from lib.fast import Linear, prepare, product
 from lib.flags import cli, pick_device
 from lib.generate import generate
 from model import GPT
@@ -118,7 +118,7 @@ def machine(device):
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return {"cpu": found[1] if found else platform.processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "product": product(), "torch": torch.__version__,
             "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
             "python": platform.python_version(), "system": platform.system()}
 
