@@ -178,7 +178,7 @@ def assess(batch, models, cfg, where="held out"):
 
     (4) A response without end-of-text gets cfg.no_eos_score, whatever the reward model makes of it.
     """
-    device = models.policy.lm_head.weight.device
+    device = next(models.policy.parameters()).device
     new = {name: torch.zeros_like(batch["mask"], dtype=torch.float) for name in ("logp", "ref_logp", "value")}
     for index, b in micro_batches(batch, range(len(batch["mask"])), cfg.micro_batch):
         tokens, t = b["tokens"].to(device), b["mask"].shape[1]
@@ -210,7 +210,7 @@ def improve(models, optimizers, batch, cfg, update, generator, ptx=None):
     A minibatch goes through in micro-batches of like length, each weighted by its tokens, so their size
     changes no result. When KL(old, new) exceeds 1.5 x cfg.update_kl the gradients are thrown away.
     """
-    policy, critic, device = models.policy, models.critic, models.policy.lm_head.weight.device
+    policy, critic, device = models.policy, models.critic, next(models.policy.parameters()).device
     stats = {"grad_norm": 0.0}
     for _ in range(cfg.epochs):
         rows = torch.randperm(len(batch["tokens"]), generator=generator)
@@ -231,7 +231,7 @@ def improve(models, optimizers, batch, cfg, update, generator, ptx=None):
 
 def minibatch_backward(models, batch, part, cfg):
     """Gradients of a minibatch, rows `part`, left in .grad of policy and critic; returns its numbers."""
-    total, device = batch["mask"][part].sum(), models.policy.lm_head.weight.device
+    total, device = batch["mask"][part].sum(), next(models.policy.parameters()).device
     parts = {"ratio": [], "clipped": [], "update_kl": [], "value_loss": []}
     for _, held in micro_batches(batch, part, cfg.micro_batch):
         share, b = held["mask"].sum() / total, {name: x.to(device) for name, x in held.items()}

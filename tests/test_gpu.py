@@ -389,7 +389,7 @@ def test_a_decode_step_waits_for_nothing_but_whether_all_are_done(gpu):
         for eos in (None, 99):
             decode(new, gpu.clear, eos=eos)
             seen[new, eos] = dict(gpu)
-    assert all(x.pop(("item", "_generate")) == 1 for x in seen.values())
+    assert all(x.pop(("item", "generate")) == 1 for x in seen.values())
     assert {k: x for k, x in seen.items() if x} == {
         (new, 99): {("nonzero", "_generate"): new // 8} for new in (8, 17)}
 
@@ -448,15 +448,16 @@ def test_a_rollout_lies_on_the_cpu(gpu):
     assert all(x.device.type == "cpu" for x in batch.values())
     down = {name: n for (what, name), n in gpu.items() if what != "up" and name}
     # tokens, lengths, P and the longest of them; logp, ref_logp, value and score
-    assert down == {"rollout": 3, "_generate": 1, "assess": 3, "score": 1}
+    assert down == {"rollout": 3, "generate": 1, "assess": 3, "score": 1}
 
 
 def test_numbers_of_a_step_are_summed_as_before(gpu):
     """In float64, part by part; NaN is one of them."""
-    parts = [{"a": torch.tensor(x), "b": torch.tensor(2 * x)} for x in (0.1, 0.2, 0.3)]
-    one, two, three = (part["a"].item() for part in parts)
-    assert to_host(parts) == {"a": one + two + three, "b": 2 * one + 2 * two + 2 * three}
+    some = [torch.tensor(x) for x in (0.1, 0.2, 0.3)]
+    one, two, three = (x.item() for x in some)
+    made = to_host({"a": some, "b": [2 * x for x in some], "none": []})
+    assert made == {"a": one + two + three, "b": 2 * one + 2 * two + 2 * three, "none": 0.0}
     with pytest.raises(UserError, match="step 3: non-finite loss; earlier"):
         gpt = tiny_gpt().to(DEVICE)
         gpt(torch.tensor([[1, 2]], device=DEVICE)).sum().backward()
-        clip_and_step(gpt, None, 1.0, 3, [{"loss": on() * math.nan}])
+        clip_and_step(gpt, None, 1.0, 3, {"loss": [on() * math.nan]})

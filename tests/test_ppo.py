@@ -719,7 +719,7 @@ def test_P32_every_minibatch_asks_for_ptx_rows_of_its_own(monkeypatch):
     models, cfg, batch = make_batch(B=8, epochs=2, minibatches=3, update_kl=1e9, ptx_coef=0.5)
     asked, used = iter(range(100)), []
     monkeypatch.setattr(ppo, "sft_backward", lambda gpt, rows, *rest: used.append(rows)
-                        or ([{"loss": torch.zeros(())}], 0))
+                        or ({"loss": [torch.zeros(())]}, 0))
     improve(models, adam(models), batch, cfg, 1, gen(0), lambda: next(asked))
     assert used == list(range(6))
 

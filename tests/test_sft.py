@@ -293,17 +293,19 @@ def test_optimizer_has_each_parameter_once_and_decays_matrices_only(tiny):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
 
 
-def test_clip_and_step_clips_the_whole_norm_and_clears(tiny):
+@pytest.mark.parametrize("grad, length", [(2.0, 1.0), (1e-4, None)])
+def test_clip_and_step_clips_the_whole_norm_and_clears(tiny, grad, length):
+    """A norm below 1 stays as it is."""
     gpt = tiny()
     before = torch.cat([p.detach().flatten().clone() for p in gpt.parameters()])
     optimizer = torch.optim.SGD(gpt.parameters(), lr=1.0)
     for p in gpt.parameters():
-        p.grad = torch.full_like(p, 2.0)
-    norm = 2 * math.sqrt(len(before))
-    made = clip_and_step(gpt, optimizer, 1.0, 0, [{"loss": torch.tensor(2.0)}, {"loss": torch.tensor(3.0)}])
+        p.grad = torch.full_like(p, grad)
+    norm = grad * math.sqrt(len(before))
+    made = clip_and_step(gpt, optimizer, 1.0, 0, {"loss": [torch.tensor(2.0), torch.tensor(3.0)]})
     assert made == {"loss": 5.0, "grad_norm": pytest.approx(norm, rel=1e-4)}  # that before clipping
     moved = before - torch.cat([p.detach().flatten() for p in gpt.parameters()])
-    assert moved.norm().item() == pytest.approx(1.0, rel=1e-3)
+    assert moved.norm().item() == pytest.approx(length or norm, rel=1e-3)
     assert all(p.grad is None for p in gpt.parameters())
 
 
