@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data.examples import encode_prompts, encode_rankings, open_data, pad, prompt_room, standardise
+from data.examples import encode_prompts, encode_rankings, open_data, pad, prompt_room, row_sizes, standardise
 from data.files import UserError
 from data.records import read_prompts
 from data.split import read_training
@@ -89,8 +89,8 @@ def rating_loss(scores, groups):
 
 def sizes(groups):
     """What `batches` asks for: the longest text of each prompt in tokens, and the number of its texts."""
-    return {"lengths": [max(map(len, group.rows)) for group in groups],
-            "rows": [len(group.rows) for group in groups]}
+    lengths = row_sizes(groups)
+    return {"lengths": [*map(max, lengths)], "rows": [*map(len, lengths)]}
 
 
 def ranking_backward(rm, groups, micro_batch, device):
@@ -149,19 +149,19 @@ def main(cfg):
     if cfg.wide_gap and not any(group.gold for group in val_groups):
         raise UserError('--wide-gap: no ranking in preferences_val.jsonl has "gold"')
     file = folder / "prompts.jsonl"
-    texts = read_training(read_prompts, file, cfg) if file.exists() else [prompt for prompt, *_ in train]
+    texts = read_training(read_prompts, file, cfg) if file.exists() else [x[0] for x in train[:512]]
     prompts = encode_prompts(texts[:512], tokenizer, prompt_room(rm.room, cfg.max_new_tokens), file.name)
 
     optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
     plan = {**sizes(groups), "budget": cfg.batch_tokens}
     steps = count_steps(cfg.epochs, cfg.seed, **plan)
-    rows = [len(row) for group in groups for row in group.rows]
+    rows = [n for lengths in row_sizes(groups) for n in lengths]
     check_training(rm.config, min(cfg.micro_batch, cfg.batch_tokens, sum(rows)), cfg, device.type)
     print(f"reward model: {len(groups)} prompts with {len(rows)} ranked responses, "
           f"{sum(rows)} tokens, read at {cfg.pool}, on {device}")
 
-    some = val_groups[: sample([sum(group.rows, []) for group in val_groups], 4 * SAMPLE)]  # 1,000 pairs
+    some = val_groups[: sample([range(sum(n)) for n in row_sizes(val_groups)], 4 * SAMPLE)]  # 1,000 pairs
     curve = Curve(rm, lambda: measure_pairs(rm, some, cfg, device), steps, cfg.keep)
     rm.train()
     done = run.begin(cfg, steps, rm=rm, optimizer=optimizer, **curve.parts)

@@ -9,12 +9,11 @@ their number in the whole optimizer step, so tokens of short and long answers co
     python train_sft.py --init out/gpt2.pt --lr 5e-5    # from GPT-2's weights, see tools/hf.py
 """
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 
-from data.examples import encode_demonstrations, open_data, pad, response_mask
-from data.records import ANSWER, read_sft
+from data.examples import encode_demonstrations, open_data, pad, response_mask, row_sizes
+from data.records import read_sft
 from data.split import read_split
 from lib import ranks
 from lib.checks import check_model
@@ -110,13 +109,12 @@ def main(cfg):
 
     train, val = read_split(read_sft, folder / "sft.jsonl", cfg)
     gpt, tokenizer, cfg = start_sft(cfg, train, val, folder)
-    gpt.chat = fmean(prompt.endswith(ANSWER) for prompt, _ in train)  # sample.py asks
     check_model(prepare(gpt, device))
     prepare(gpt, device, cfg)
     rows = encode_demonstrations(train, tokenizer, gpt.config.block_size, "sft.jsonl")
     val_rows = encode_demonstrations(val, tokenizer, gpt.config.block_size, "sft_val.jsonl")
     optimizer = make_optimizer(gpt, cfg)
-    plan = {"lengths": [len(row) for row, _ in rows], "budget": cfg.batch_tokens}
+    plan = {"lengths": [n for [n] in row_sizes(rows)], "budget": cfg.batch_tokens}
     at_once = min(cfg.micro_batch, cfg.batch_tokens, sum(plan["lengths"]))
     check_training(gpt.config, at_once, cfg, device.type)
     steps = count_steps(cfg.epochs, cfg.seed, **plan)

@@ -131,6 +131,8 @@ def check_order(row, n):
     """
     listed, ranks = "responses" in row, row.get("ranks", range(n))
     for name, value in row.items() if n else ():
+        if name in READ["preferences"] and name != "ratings":
+            continue  # it is read, and none of the names below
         plain = _plain(name)
         index = _number(value) if INDEX.fullmatch(plain) else None
         if listed and "ranks" not in row and plain in CHOICES and not (

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from data import stories
+from data.arrays import Lazy, Records, fitted
 from data.files import UserError
 from data.records import read_prompts
 from data.split import read_split
@@ -44,24 +45,33 @@ class Ranking(NamedTuple):
 
 def encode_demonstrations(examples, tokenizer, room, name):
     """[(prompt, completion)] -> [(tokens, P)] of at most `room` tokens. UserError: nothing fits."""
-    made = _encode([(prompt, [completion]) for prompt, completion in examples], tokenizer, room, name)
-    return [(prompt + completion, len(prompt)) for _, prompt, [completion] in made]
+    return _encode(examples, lambda example: (example[0], [example[1]]), tokenizer, room, name,
+                   lambda i, P, rows: (rows[0], P))
 
 
 def encode_rankings(examples, tokenizer, room, name):
     """[(prompt, responses, ranks, gold, ratings)] -> [Ranking], rows of at most `room` tokens. UserError:
     none fits."""
-    groups = []
-    for i, prompt, responses in _encode([example[:2] for example in examples], tokenizer, room, name):
-        text, texts, *numbers = examples[i]
-        groups.append(Ranking(prompt, [prompt + response for response in responses], numbers[0],
-                              (text, texts), *numbers[1:]))
-    return groups
+    parted = getattr(examples, "parted", lambda i: (tuple(examples[i][:2]), examples[i][2:]))
+
+    def ranking(i, P, rows):
+        texts, (ranks, *others) = parted(i)
+        return Ranking(rows[0][:P], rows, ranks, texts, *others)
+
+    return _encode(examples, lambda example: example[:2], tokenizer, room, name, ranking)
+
+
+def row_sizes(made):
+    """[[tokens of each row]] of Rankings or demonstrations, without making those that are not made yet."""
+    return made.lengths() if isinstance(made, Lazy) else [
+        [*map(len, one.rows if isinstance(one, Ranking) else one[:1])] for one in made]
 
 
 def standardise(groups):
     """The groups with ratings of mean 0 and standard deviation 1, each different response counting once;
     without any if all are equal."""
+    if isinstance(groups, Lazy) and not groups.rated:
+        return groups
     known = {(group.texts[0], text): x for group in groups if group.ratings
              for text, x in zip(group.texts[1], group.ratings, strict=True)}
     known = torch.tensor([*known.values()], dtype=torch.float64)
@@ -74,7 +84,7 @@ def standardise(groups):
 
 def encode_prompts(prompts, tokenizer, room, name):
     """[prompt] -> token lists of at most `room` tokens."""
-    return [prompt for _, prompt, _ in _encode([(prompt, []) for prompt in prompts], tokenizer, room, name)]
+    return _encode(prompts, lambda prompt: (prompt, []), tokenizer, room, name, lambda i, P, rows: rows[0])
 
 
 def open_prompts(folder, tokenizer, room, cfg):
@@ -110,29 +120,36 @@ def prompt_room(room, max_new_tokens):
     return room - max_new_tokens
 
 
-def _encode(examples, tokenizer, room, name):
-    """[(prompt, responses)] -> [(index, prompt tokens, responses' tokens with eos)]; what `fit` drops and
-    truncates is counted and printed."""
-    made, truncated = [], 0
-    for i, example in enumerate(examples):
-        if fitted := fit(*example, tokenizer, room):
-            prompt, responses, lost = fitted
-            made.append((i, prompt, responses))
-            truncated += lost > 0
+def _encode(examples, parts, tokenizer, room, name, made_of):
+    """made_of(index, P, rows) of each example that fits; parts(example) is its (prompt, responses). What is
+    dropped and truncated is counted and printed. Of Records the rows are arrays, made when asked for."""
+    found = fitted(examples, tokenizer, room) if isinstance(examples, Records) else None
+    made, truncated = found or _fit_all(map(parts, examples), tokenizer, room)
     if truncated or len(made) < len(examples):
         print(f"{name}: of {len(examples)} examples, {truncated} prompts truncated from the left and "
               f"{len(examples) - len(made)} dropped for a response that does not fit into {room} tokens")
     if not made:
         raise UserError(f"{name}: no example fits into {room} tokens")
-    return made
+    return made.map(made_of) if found else [made_of(*one) for one in made]
+
+
+def _fit_all(examples, tokenizer, room):
+    """(prompt, responses) -> [(index, P, rows)] of those that fit, and how many prompts were truncated."""
+    made, truncated = [], 0
+    for i, example in enumerate(examples):
+        if fitted := fit(*example, tokenizer, room):
+            prompt, responses, lost = fitted
+            made.append((i, len(prompt), [prompt + response for response in responses] or [prompt]))
+            truncated += lost > 0
+    return made, truncated
 
 
 def pad(rows, device="cpu"):
-    """Lists of token ids -> tokens (B,T) padded with 0 on the right, lengths (B,)."""
+    """Lists or arrays of token ids -> tokens (B,T) padded with 0 on the right, lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.as_tensor(row)
+    for row, to in zip(rows, tokens.numpy(), strict=True):
+        to[: len(row)] = row
     return tokens.to(device), lengths.to(device)
 
 

@@ -29,7 +29,12 @@ class Progress:
 
     def __init__(self):
         self.live, self.said = sys.stderr is not None and sys.stderr.isatty(), time.monotonic()
-        self.unended = False
+        self.unended, self.start = False, self.said
+
+    def share(self, what, done, total):
+        """Print how much is done and how long the rest will take, unless it is too soon."""
+        left = (time.monotonic() - self.start) * (total - done) / max(1, done)
+        self(f"{what}: {done / total:.0%}, {left:.0f} s left ")
 
     def __call__(self, text):
         """Print the text, unless it is too soon."""
@@ -58,7 +63,7 @@ def json_line(row):
 def json_object(line):
     """JSON bytes -> dict. UserError: not UTF-8, not JSON, not an object, a duplicate key."""
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        row = STRICT.decode(line.decode("utf-8-sig"))
     except UserError:
         raise
     except UnicodeDecodeError as error:
@@ -80,6 +85,9 @@ def _unique_keys(pairs):
             raise UserError(f"duplicate key {key!r:.40}")
         row[key] = value
     return row
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys)  # json.loads would make one for every line
 
 
 @contextmanager

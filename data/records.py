@@ -20,11 +20,12 @@ A null is no value. Columns that contradict one another are an error, and so is 
 misspelt; what is merely unused is counted and named (data/columns.py).
 """
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
 from data import columns
-from data.files import UserError, json_object, printable
+from data.files import Progress, UserError, json_object, printable
 from data.tokenizer import check_text
 
 QUESTION, ANSWER = "\n\nHuman:", "\n\nAssistant:"  # how a turn begins in Anthropic's HH texts
@@ -32,26 +33,26 @@ BAD = {"bad", "negative", "false", "0"}  # labels of what must not be learned
 NAMES = {"user": QUESTION, "human": QUESTION, "assistant": ANSWER, "system": "\n\nSystem:"}
 
 
-def read_sft(path, skip_bad=False, most=None):
+def read_sft(path, skip_bad=False, most=None, into=list):
     """[(prompt, completion)], the first `most` (None: all); the prompt of {"text": ...} is empty."""
-    return _read(path, "sft", _demonstration, skip_bad, most)
+    return into(_read(path, "sft", _demonstration, skip_bad, most))
 
 
-def read_preferences(path, skip_bad=False, most=None):
+def read_preferences(path, skip_bad=False, most=None, into=list):
     """[(prompt, responses, ranks, gold, ratings)], the first `most` (None: all): at least two responses;
     smaller ranks are better; the last two are lists or None."""
-    return _read(path, "preferences", _preference, skip_bad, most)
+    return into(_read(path, "preferences", _preference, skip_bad, most))
 
 
-def read_prompts(path, skip_bad=False):
+def read_prompts(path, skip_bad=False, into=list):
     """[prompt]"""
-    return _read(path, "prompts", _only_prompt, skip_bad)
+    return into(_read(path, "prompts", _only_prompt, skip_bad))
 
 
 def read_responses(path, skip_bad=False):
     """[(line, prompt, responses, ranks)] of sft.jsonl, preferences.jsonl, or lines with a "response"; of a
     single response the ranks are None."""
-    return _read(path, None, _responses, skip_bad)
+    return list(_read(path, None, _responses, skip_bad))
 
 
 def check_line(row, kind):
@@ -60,36 +61,47 @@ def check_line(row, kind):
 
 
 def _read(path, kind, parse, skip_bad, most=None):
-    """[parse(object)] of a JSONL file. UserError: unreadable, no examples, or a bad line without skip_bad."""
-    path = Path(path)
-    try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe may never end
-            raise ValueError("not a regular file")
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', error)}") from None
-    examples, bad, ignored = [], 0, Counter()
-    for number, line in enumerate(lines, 1):
+    """Yields parse(object) of a JSONL file. UserError: no examples, or a bad line without skip_bad."""
+    kept, bad, ignored = 0, 0, Counter()
+    for number, line in _lines(Path(path)):
         if not line.strip():
             continue
-        if len(examples) == most:
+        if kept == most:
             break
         try:
             row = {name: value for name, value in json_object(line).items() if value is not None}
-            examples.append(parse(row))
+            example = parse(row)
             ignored.update(columns.ignored(row, kind) if kind else ())
         except UserError as error:
             if not skip_bad:
                 raise UserError(f"{path}:{number}: {error} (--skip-bad skips such lines)") from None
             bad += 1
+        else:
+            kept += 1
+            yield example
     if bad:
-        print(f"{printable(path)}: {bad} bad lines skipped, {len(examples)} kept")
+        print(f"{printable(path)}: {bad} bad lines skipped, {kept} kept")
     columns.report(path, ignored)
-    if not examples:
+    if not kept:
         raise UserError(f"{path}: no examples")
-    return examples
+
+
+def _lines(path):
+    """Yields (number, line). UserError: the file can't be read."""
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe may never end
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file, Progress() as progress:
+            size, done = os.fstat(file.fileno()).st_size, 0
+            for number, line in enumerate(file, 1):
+                done += len(line)
+                if number % 1000 == 0:
+                    progress.share(f"reading {path.name}", done, size)
+                yield number, line.removesuffix(b"\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', error)}") from None
 
 
 # ---- columns ----

@@ -5,6 +5,9 @@ prompt are on one side, in sft.jsonl, preferences.jsonl and prompts.jsonl alike.
 """
 import hashlib
 
+import numpy as np
+
+from data.arrays import derived, open_records, pick
 from data.files import UserError, printable
 
 
@@ -25,11 +28,11 @@ def read_split(read, path, cfg):
     If the latter is missing, cfg.val_fraction of the former are held out. UserError: that is 0, or one
     side would be empty.
     """
-    examples, val = read(path, cfg.skip_bad), path.with_name(f"{path.stem}_val{path.suffix}")
+    examples, val = open_records(read, path, cfg.skip_bad), path.with_name(f"{path.stem}_val{path.suffix}")
     if val.exists():
         if cfg.val_fraction:
             print(f"{printable(val)} is held out; --val-fraction is not needed")
-        return examples, read(val, cfg.skip_bad)
+        return examples, open_records(read, val, cfg.skip_bad)
     if not cfg.val_fraction:
         raise UserError(f"{val} is missing; --val-fraction 0.05 would hold out that share of {path.name}")
     train, val, lost = split(examples, cfg.val_fraction)
@@ -43,8 +46,9 @@ def read_split(read, path, cfg):
 
 def read_training(read, path, cfg):
     """The training examples only, which need no file of held-out ones."""
-    alone = not path.with_name(f"{path.stem}_val{path.suffix}").exists()
-    return read_split(read, path, cfg)[0] if alone and cfg.val_fraction else read(path, cfg.skip_bad)
+    if cfg.val_fraction and not path.with_name(f"{path.stem}_val{path.suffix}").exists():
+        return read_split(read, path, cfg)[0]
+    return open_records(read, path, cfg.skip_bad)
 
 
 def split(examples, share):
@@ -53,9 +57,8 @@ def split(examples, share):
     Without a prompt, the completion decides, or the first response in alphabetical order. Rankings without a
     prompt may share responses: those of a held-out one are taken out of the others.
     """
-    train, val = [], []
-    for example in examples:
-        (val if held_out(_key(example), share) else train).append(example)
+    places = derived(examples, "places", lambda: np.array([place(_key(example)) for example in examples]))
+    train, val = (pick(examples, side) for side in (places >= share, places < share))
     gone = {text for example in val if _is_free_ranking(example) for text in example[1]}
     if not gone:
         return train, val, 0

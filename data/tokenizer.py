@@ -16,6 +16,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice, pairwise
 from operator import itemgetter
 
+import numpy as np
 import regex  # for \p{L}; tiktoken itself depends on it
 import tiktoken
 
@@ -23,6 +24,7 @@ from data.files import Progress, UserError, atomic_file, json_object, printable
 
 # GPT-2's split in tiktoken's spelling (openai_public.py, r50k_pat_str): no merge crosses a word
 # boundary. Copied, not imported, because a BPE in an old checkpoint is meaningless without it.
+END = "<|endoftext|>"
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 LONGEST_BLANK = 300_000  # whitespace characters; tiktoken 0.14 handles this many and panics at 1,000,000
 LONGEST_WORD = 20_000  # characters; 0.2 s, and tiktoken's time grows with the square
@@ -44,6 +46,18 @@ class Tokenizer:
         """
         check_text(text)
         return self.encoding.encode_ordinary(text)
+
+    def encode_all(self, texts):
+        """Texts -> arrays of their ids and eos. One call for all, in which other threads can run."""
+        for text in texts:
+            check_text(text)
+        joined = "".join(text + END for text in texts)
+        if joined.count(END) == len(texts):
+            ids = self.encoding.encode(joined, allowed_special="all")
+        else:  # a text that spells eos
+            ids = [i for text in texts for i in (*self.encode(text), self.eos)]
+        ids = np.array(ids, np.uint16 if self.vocab_size <= 2**16 else np.int32)
+        return np.split(ids, np.flatnonzero(ids == self.eos)[:-1] + 1)
 
     def decode(self, ids):
         """Ids -> text, ignoring eos; invalid UTF-8 becomes U+FFFD.
@@ -109,7 +123,7 @@ def from_spec(spec):
 def _from_ranks(name, ranks, bpe=None):
     return Tokenizer(name, tiktoken.Encoding(
         name, pat_str=SPLIT, mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": len(ranks)}), bpe)
+        special_tokens={END: len(ranks)}), bpe)
 
 
 def _reason(error):

@@ -4,11 +4,14 @@ Both learn from what the stage itself was trained on, in a few seconds, and see 
 measured on it.
 """
 import re
-from collections import defaultdict
+from array import array
 
 import numpy as np
 
+from data.examples import row_sizes
+
 DISCOUNT = 0.75  # of a pair's count, given to what was never seen (Chen & Goodman 1999, section 2.7)
+AT_ONCE = 2**22  # tokens that are counted at once
 PENALTIES = (1.0, 3.0, 10.0, 30.0)
 MOST = 20_000  # examples that the regression learns from, at most, so that it takes seconds
 
@@ -20,11 +23,16 @@ def ngram_losses(rows, val_rows, vocab_size):
 
     Unigrams count one more than seen; bigrams are discounted by DISCOUNT and interpolated with them.
     """
-    before, token = _pairs(rows)
-    seen = np.bincount(token, minlength=vocab_size)
-    unigram = (seen + 1) / (len(token) + vocab_size)
-    pair, count = np.unique(before * vocab_size + token, return_counts=True)
-    total = np.bincount(before, minlength=vocab_size)
+    seen, total, pair, count = (np.zeros(n, np.int64) for n in (vocab_size, vocab_size, 0, 0))
+    step = max(1, AT_ONCE * len(rows) // sum(n for [n] in row_sizes(rows)))
+    for start in range(0, len(rows), step):
+        before, token = _pairs(rows[start : start + step])
+        seen += np.bincount(token, minlength=vocab_size)
+        total += np.bincount(before, minlength=vocab_size)
+        more, n = np.unique(before * vocab_size + token, return_counts=True)
+        pair, place = np.unique(np.concatenate([pair, more]), return_inverse=True)
+        count = np.bincount(place, np.concatenate([count, n]))
+    unigram = (seen + 1) / (seen.sum() + vocab_size)
     kinds = np.bincount(pair // vocab_size, minlength=vocab_size)  # of tokens that follow
 
     before, token = _pairs(val_rows)
@@ -38,7 +46,7 @@ def ngram_losses(rows, val_rows, vocab_size):
 
 def _pairs(rows):
     """(the token before, the token) of every completion token."""
-    return tuple(np.concatenate([np.array(row[P + shift : len(row) + shift]) for row, P in rows])
+    return tuple(np.concatenate([row[P + shift : len(row) + shift] for row, P in rows]).astype(np.int64)
                  for shift in (-1, 0))
 
 
@@ -47,6 +55,30 @@ def _pairs(rows):
 def words(text):
     """The different words and signs of a text, in lower case."""
     return set(re.findall(r"\w+|[^\w\s]", text.lower()))
+
+
+def _targets(groups):
+    """At most MOST different responses to their prompts, drawn at random, and the mean (N,) of what is known
+    of each. Only the texts of these are held: all of them may take more memory than there is."""
+    keys, group_of, part, targets = array("q"), array("q"), array("q"), array("d")
+    rated = any(group.ratings for group in groups)
+    for i, group in enumerate(groups):
+        if rated and not group.ratings:
+            continue
+        (prompt, responses), n = group.texts, len(group.ranks) - 1
+        targets.extend(group.ratings or [sum(x < other for other in group.ranks) / n for x in group.ranks])
+        keys.extend(hash((prompt, text)) for text in responses)
+        group_of.extend([i] * len(responses))
+        part.extend(range(len(responses)))
+    _, first, kind = np.unique(keys, return_index=True, return_inverse=True)
+    first.sort()
+    drawn = first[np.random.default_rng(0).permutation(len(first))[:MOST]].tolist()
+    known = {k: [] for k in kind[drawn].tolist()}
+    for k, y in zip(kind.tolist(), targets, strict=True):
+        if k in known:
+            known[k].append(y)
+    return ([groups[group_of[i]].texts[1][part[i]] for i in drawn],
+            np.array([sum(some) / len(some) for some in known.values()]))
 
 
 class Linear:
@@ -58,10 +90,8 @@ class Linear:
 
     def __init__(self, groups):
         """groups: [Ranking] to learn from."""
-        targets = self._targets(groups)
-        order = np.random.default_rng(0).permutation(len(targets))[:MOST]
-        keys, target = [*targets], np.array([*targets.values()])[order]
-        texts = [words(keys[i][1]) for i in order]
+        texts, target = _targets(groups)
+        texts = [words(text) for text in texts]
         different = dict.fromkeys(word for some in texts for word in sorted(some))
         self.index = {word: i for i, word in enumerate(different)}
         target = target - target.mean()
@@ -74,17 +104,6 @@ class Linear:
 
     def score(self, text):
         return self._sum(words(text))
-
-    def _targets(self, groups):
-        """{(prompt, response): the mean of what is known of it}."""
-        known, rated = defaultdict(list), any(group.ratings for group in groups)
-        for group in groups if not rated else filter(lambda group: group.ratings, groups):
-            prompt, responses = group.texts
-            n = len(responses) - 1
-            target = group.ratings or [sum(rank < other for other in group.ranks) / n for rank in group.ranks]
-            for text, y in zip(responses, target, strict=True):
-                known[prompt, text].append(y)
-        return {key: sum(some) / len(some) for key, some in known.items()}
 
     def _sum(self, some):
         return sum(self.weight[self.index[word]] for word in some if word in self.index)

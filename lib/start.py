@@ -1,12 +1,17 @@
 """How a stage starts: its network and tokenizer, and the flags that nobody gave."""
 import dataclasses
+import json
+from array import array
 from statistics import fmean
 
+import numpy as np
+
 from data import rules
+from data.arrays import derived
 from data.files import UserError
-from data.records import read_preferences, read_sft
+from data.records import ANSWER, read_preferences, read_sft
 from data.split import read_split
-from data.tokenizer import get_tokenizer, train_tokenizer
+from data.tokenizer import from_spec, get_tokenizer, train_tokenizer
 from lib.checkpoint import load, load_tokenizer, new_gpt, sizes_only
 from lib.flags import check_pairs
 from model import GPT, GPTConfig, RewardModel
@@ -42,8 +47,7 @@ def start_sft(cfg, train, val, folder):
     elif cfg.tokenizer:
         tokenizer = get_tokenizer(cfg.tokenizer)
     else:
-        texts = [text for example in train for text in example]
-        tokenizer = train_tokenizer(texts, cfg.vocab_size or rules.vocab_size(texts))
+        tokenizer = trained(train, cfg.vocab_size)
 
     lengths = [whole(tokenizer, *example) for example in spread(train)]
     tokens = sum(lengths) * len(train) // len(lengths)
@@ -65,7 +69,21 @@ def start_sft(cfg, train, val, folder):
     check_pairs(cfg)
     if not cfg.init:
         gpt = new_gpt(GPTConfig(**sizes | {"dropout": cfg.dropout}))
+    chat = derived(train, "chat", lambda: np.array([fmean(prompt.endswith(ANSWER) for prompt, _ in train)]))
+    gpt.chat = chat.item()  # sample.py asks
     return gpt, tokenizer, cfg
+
+
+def trained(train, vocab_size):
+    """A BPE trained on the demonstrations; vocab_size None: by the rule."""
+    def texts():
+        return (text for example in train for text in example)
+
+    def spec():
+        made = train_tokenizer(texts(), vocab_size or rules.vocab_size(texts())).spec()
+        return np.frombuffer(json.dumps(made).encode(), np.uint8)
+
+    return from_spec(json.loads(derived(train, "bpe", spec, vocab_size).tobytes()))
 
 
 def whole(tokenizer, prompt, response):
@@ -96,6 +114,20 @@ def fit_responses(cfg, folder, tokenizer, room):
     return fill(cfg, f"{len(lengths)} demonstrations", **made)
 
 
+def ranked_tokens(train, tokenizer):
+    """About how many tokens the ranked texts have, and those of them that differ, as an array of two."""
+    hashes, group = array("q"), array("q")  # so that none of the texts is held
+    for i, (prompt, responses, *_) in enumerate(train):
+        hashes.extend(hash(prompt + response) for response in responses)
+        group.extend([i] * len(responses))
+    first, lengths = np.sort(np.unique(hashes, return_index=True)[1]), []
+    for k in spread(first).tolist():
+        prompt, responses, *_ = train[group[k]]
+        text = prompt + responses[k - np.searchsorted(group, group[k])]
+        lengths.append(len(tokenizer.encode(text)) + 1)
+    return np.array([round(fmean(lengths) * len(hashes)), round(fmean(lengths) * len(first))])
+
+
 def start_rm(cfg, sft, folder):
     """Config of train_rm.py, the path of the SFT model and the folder of the data -> (GPT, its tokenizer,
     training rankings, held-out ones, Config with every flag filled in). UserError: an unknown --pool."""
@@ -103,10 +135,8 @@ def start_rm(cfg, sft, folder):
         raise UserError(f"--pool {cfg.pool}: expected one of {', '.join(RewardModel.POOLS)}")
     gpt, tokenizer = load(GPT, sft), load_tokenizer(sft)
     train, val = read_split(read_preferences, folder / "preferences.jsonl", cfg)
-    texts = [prompt + response for prompt, responses, *_ in train for response in responses]
-    some = list(dict.fromkeys(texts))
-    mean = fmean(len(tokenizer.encode(text)) + 1 for text in spread(some))
-    tokens, different = round(mean * len(texts)), round(mean * len(some))
+    size = derived(train, "size", lambda: ranked_tokens(train, tokenizer), tokenizer.spec())
+    tokens, different = size.tolist()
     room = gpt.config.block_size - (cfg.pool == "token")
     cfg = fill(cfg, f"{tokens} tokens of ranked responses, width {gpt.config.d_model}",
                **rules.rm(tokens, different, gpt.config.d_model, cfg.epochs))

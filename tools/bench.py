@@ -4,6 +4,7 @@
     python -m tools.bench --shape gpt2 --json gpt2.json    # another shape; all numbers to a file as well
     python -m tools.bench --peers FOLDER --peer-python venv/bin/python    # against other people's code
     python -m tools.bench --plan --model gpt2-xl --batch 64 --prompt 512 --response 128 --gpu-memory 80
+    python -m tools.bench --data                           # how a start grows with the data
     python -m tools.bench --plan --check                   # planned and measured peak, side by side
 
 Tokens per second count supervised tokens (SFT), real tokens (reward model) or new tokens (generate, PPO),
@@ -42,6 +43,7 @@ from lib.flags import cli, pick_device
 from lib.generate import generate
 from model import GPT
 from tools import bench_plan
+from tools.bench_data import bench_data
 from tools.bench_jobs import SHAPES, Shape, config_of, ending_gpt, generate_job, ppo_jobs, rm_job, sft_job
 from train_sft import make_optimizer, sft_batch, sft_loss
 
@@ -54,6 +56,7 @@ class Config:
     repeats: int = 5  # timed runs of each part, after one that is not timed; the median is reported
     out: str = "out"  # folder with sft.pt, if any: then texts end where that model ends them
     device: str = "auto"  # "cuda", "mps", "cpu"
+    data: bool = False  # how long a start takes, and how much memory, from 10,000 to 1,600,000 pairs
     only: str = ""  # "generate" or "ppo": one line, used by --peers; "memory": used by --check
     # other people's code
     peers: str = ""  # folder with peer_generate.py and peer_ppo.py
@@ -340,7 +343,9 @@ def main(cfg):
         return print_one(one_of(("generate", "ppo", "memory"), cfg.only, "only"), shape, cfg, device)
     about = machine(device)
     print(", ".join(f"{name} {x}" for name, x in about.items() if x))
-    if cfg.plan and cfg.check:
+    if cfg.data:
+        results = bench_data()
+    elif cfg.plan and cfg.check:
         results = bench_plan.check(shapes, config_of, cfg.micro_batch)
     elif cfg.plan:
         config = bench_plan.MODELS[one_of(bench_plan.MODELS, cfg.model, "model")]
