@@ -36,6 +36,7 @@ from data.examples import encode_demonstrations, encode_prompts, open_data, pad
 from data.files import UserError
 from data.records import read_prompts, read_sft
 from data.tokenizer import train_tokenizer
+from lib import ranks
 from lib.checkpoint import load, load_tokenizer
 from lib.common import batches, clip_and_step
 from lib.fast import Linear, prepare, product
@@ -44,7 +45,17 @@ from lib.generate import generate
 from model import GPT
 from tools import bench_plan
 from tools.bench_data import bench_data
-from tools.bench_jobs import SHAPES, Shape, config_of, ending_gpt, generate_job, ppo_jobs, rm_job, sft_job
+from tools.bench_jobs import (
+    SHAPES,
+    Shape,
+    config_of,
+    ending_gpt,
+    generate_job,
+    ppo_jobs,
+    ranks_jobs,
+    rm_job,
+    sft_job,
+)
 from train_sft import make_optimizer, sft_batch, sft_loss
 
 
@@ -57,7 +68,7 @@ class Config:
     out: str = "out"  # folder with sft.pt, if any: then texts end where that model ends them
     device: str = "auto"  # "cuda", "mps", "cpu"
     data: bool = False  # how long a start takes, and how much memory, from 10,000 to 1,600,000 pairs
-    only: str = ""  # "generate" or "ppo": one line, used by --peers; "memory": used by --check
+    only: str = ""  # one line of "generate" or "ppo" (--peers), "memory" (--check), "ranks" (under torchrun)
     # other people's code
     peers: str = ""  # folder with peer_generate.py and peer_ppo.py
     peer_python: str = "python"  # Python of an environment that has what they import
@@ -314,6 +325,11 @@ def print_one(what, shape, cfg, device):
     elif what == "ppo":  # peer_ppo.py has prompts of equal length
         r = measure(ppo_jobs(shape, device, ragged=False)["PPO update"], cfg.repeats, device)
         print(f"onetrunk PPO: {r['seconds']:.4f} s per update")
+    elif what == "ranks":
+        r, message = (measure(job, cfg.repeats, device) for job in ranks_jobs(shape, device))
+        whole, alone = (1000 * x["seconds"] for x in (r, message))
+        print(f"SFT step, {ranks.COUNT} processes: {r['tokens_s']:.0f} tokens/s; {whole:.1f} ms, {alone:.1f} "
+              f"of them to sum {message['tokens_s'] * message['seconds'] / 1e6:.1f} MB of gradients")
     else:
         ppo_jobs(Shape(2, 2, 32, 64, 8, 8, 4), device)["PPO update"].run()  # what torch loads lazily
         reset_peak(device)
@@ -340,7 +356,7 @@ def main(cfg):
     shapes = {one_of(SHAPES, cfg.shape, "shape"): SHAPES[cfg.shape]} if cfg.shape else SHAPES
     shape = SHAPES[cfg.shape or "demo"]
     if cfg.only:
-        return print_one(one_of(("generate", "ppo", "memory"), cfg.only, "only"), shape, cfg, device)
+        return print_one(one_of(("generate", "ppo", "memory", "ranks"), cfg.only, "only"), shape, cfg, device)
     about = machine(device)
     print(", ".join(f"{name} {x}" for name, x in about.items() if x))
     if cfg.data:

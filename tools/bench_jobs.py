@@ -18,6 +18,7 @@ import ppo
 import train_rm
 import train_sft
 from data.examples import Ranking, pad
+from lib import ranks
 from lib.common import clip_and_step
 from lib.fast import prepare
 from lib.generate import generate
@@ -108,6 +109,16 @@ def sft_job(shape, device):
 
     fed, count = sum(len(row) - 1 for row, _ in rows), sum(len(row) - P for row, P in rows)
     return {"SFT step": Job(step, count, 6 * (blocks * fed + head * count))}
+
+
+def ranks_jobs(shape, device):
+    """An optimizer step of train_sft.py, and the sum of its gradients over the processes alone; its "tokens"
+    are bytes."""
+    gpt = GPT(config_of(shape)).to(device)
+    for p in gpt.parameters():
+        p.grad = torch.ones_like(p)
+    size = 4 * sum(p.numel() for p in gpt.parameters())
+    return sft_job(shape, device)["SFT step"], Job(lambda: ranks.add_gradients(gpt), size, 0)
 
 
 def rm_job(shape, device):
