@@ -644,7 +644,7 @@ def seen(monkeypatch):
 
 def test_P23_P24_passes_are_permutations_and_every_minibatch_a_step(seen):
     models, cfg, batch = make_batch(B=10, epochs=3, minibatches=4, update_kl=1e9)
-    improve(models, adam(models), batch, cfg, 1, gen(0))
+    assert improve(models, adam(models), batch, cfg, 1, gen(0))["grad_norm"] > 0  # it is logged
     assert len(seen.parts) == 12 and seen.steps == [models.policy, models.critic] * 12
     epochs = [sum(seen.parts[i : i + 4], []) for i in (0, 4, 8)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
