@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import PPO, ROOT, SIZES, gen, jsonl, lines, make_data, same_weights, tiny_gpt
-from pretend_gpu import DEVICE, pretend_gpu
+from pretend_gpu import DEVICE, pretend_gpu, register
 from torch.utils._pytree import tree_map
 
 import lib.checks
@@ -36,6 +36,7 @@ from lib.state import get_state
 from model import GPT, RewardModel
 
 pytest.importorskip("torch._C._acc", reason="devices in Python came with torch 2.10")
+register()  # now, as autograd counts the devices at the first backward pass of the process
 RM = {"batch_tokens": 512, "epochs": 1.0, "lr": 4e-3, "max_new_tokens": 8}
 
 
