@@ -3,6 +3,7 @@
 Importing torch takes seconds, so one process (this file, run as a script) has done it and forks the processes
 of each run; only one test starts them with torchrun.
 """
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ if not sys.platform.startswith("linux"):
     pytest.skip("forks processes that have loaded torch", allow_module_level=True)
 
 from helpers import ROOT, lines, make_data
+from pretend_gpu import DEVICE, pretend_gpu
 
 import ppo
 import train_rm
@@ -68,8 +70,13 @@ def child(job, rank):
         Run.after = hit
     if "bug" in job:
         BUGS[job["bug"]]()
+    there = contextlib.nullcontext()
+    if "gpu" in job:  # gloo adds up its tensors, too
+        start, ranks.start = ranks.start, lambda device: start(torch.device("cpu"))
+        there = pretend_gpu()
     try:
-        cli(module.main, module.Config)
+        with there:
+            cli(module.main, module.Config)
     except SystemExit as end:
         if not isinstance(end.code, (int, type(None))):
             print(end.code, file=sys.stderr, flush=True)
@@ -172,7 +179,7 @@ def folder(tmp_path_factory):
 def run(folder, out, stage, count, flags="", **job):
     """The exit codes of a run of `count` processes from `folder` into `out`."""
     (folder / out).mkdir(exist_ok=True)
-    where = f"--data {folder}/data --out {folder}/{out} --seed 3 --device cpu"
+    where = f"--data {folder}/data --out {folder}/{out} --seed 3 --device {job.get('gpu', 'cpu')}"
     if stage != "sft":
         where += f" --sft {folder}/start/sft.pt"
     if stage == "ppo" and "--reward" not in flags:
@@ -230,6 +237,14 @@ def test_several_give_the_numbers_of_one(folder, stage, count):
     table = (folder / "one/output.0").read_text().splitlines() if stage == "ppo" else []
     assert f"on cpu, {count} processes, threads: 1" in said[0] and said[1:] == [""] * (count - 1)
     assert all(line in said[0] for line in table if line.startswith(("SFT  ", "PPO  ")))  # to the last digit
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_acc"), reason="devices in Python came with torch 2.10")
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_on_the_pretend_gpu(folder, stage):
+    """Nothing that is summed was left on the other side."""
+    assert run(folder, "gpu1", stage, 1, gpu=DEVICE) + run(folder, "gpu2", stage, 2, gpu=DEVICE) == [0] * 3
+    assert differences(folder, "gpu1", "gpu2", stage, 2) == []
 
 
 def test_a_reward_function_is_asked_by_the_first(folder):
