@@ -95,7 +95,7 @@ def pick(examples, mask):
 def derived(examples, what, make, *settings):
     """The array that make() returns, and that follows from examples and settings; of Records it is kept."""
     if isinstance(examples, Records):
-        key = digest(examples.key, examples.index.tobytes(), settings)
+        key = digest(examples.key, examples.index.tobytes(), what, settings)
         if entry := cached(examples.path, what, key, lambda write: write("array", [make()])):
             return entry["array"]
     return make()

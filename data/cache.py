@@ -2,23 +2,29 @@
 
 An entry is a zip file of plain arrays, each with a checksum: no pickle, nothing compressed. Its key says what
 it was made from: the bytes of the JSONL file, how they are read, this code and its libraries, and whatever
-else the caller adds. An entry with another key, or a damaged one, is made anew, in its place; the folder can
-be deleted at any time, also while it is used.
+else the caller adds. An entry with another key, or a damaged one, is made anew, in its place, by one process
+at a time; the folder can be deleted at any time, also while it is used.
 """
 import hashlib
 import io
 import json
 import mmap
+import os
 import sys
 import zipfile
 import zlib
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from data.files import atomic_file, printable
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes make an entry each
+    fcntl = None
 
 FOLDER = ".onetrunk-cache"
 PATH = "\0"  # stands for the file's in what was printed, as a folder may be moved
@@ -58,26 +64,18 @@ def cached(path, what, key, make):
     """The Entry `what` of a JSONL file, as it is there with this key, or else by make(write), which calls
     write(name, pieces) for each; what it prints is printed each time. None: it can't be written."""
     file, said, name = path.parent / FOLDER / f"{path.stem}.{what}.zip", io.StringIO(), printable(path)
-    if found := _load(file, key):
-        print(found.said.replace(PATH, name), end="")
-        return found
     try:
-        file.parent.mkdir(exist_ok=True)
-        with redirect_stdout(said), atomic_file(file) as out, zipfile.ZipFile(out, "w") as archive:
-            places = {}
-
-            def write(array, pieces):
-                with archive.open(array, "w", force_zip64=True) as member:
-                    start, n = out.tell(), 0
-                    for x in pieces:
-                        member.write(x.data)
-                        n += len(x)
-                places[array] = x.dtype.str, n, start
-
-            make(write)
-            about = {"key": key, "said": said.getvalue().replace(name, PATH), "places": places}
-            archive.writestr("about", json.dumps(about))
-        if found := _load(file, key):
+        found = _load(file, key)
+        if not found:
+            file.parent.mkdir(exist_ok=True)
+            with _turn(file.parent):
+                found = _load(file, key)  # what another process has made meanwhile
+                if not found:
+                    with redirect_stdout(said):
+                        _store(file, make, key, lambda: said.getvalue().replace(name, PATH))
+                    found = _load(file, key)
+        if found:
+            said = io.StringIO(found.said.replace(PATH, name))
             return found
         raise OSError("it can't be read back")
     except OSError:
@@ -86,12 +84,42 @@ def cached(path, what, key, make):
         print(said.getvalue(), end="")
 
 
+@contextmanager
+def _turn(folder):
+    """Inside, no other process makes an entry in this folder: it waits, where the file system has locks."""
+    held = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        with suppress(OSError):
+            fcntl and fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl and os.close(held)
+
+
+def _store(file, make, key, said):
+    """Write the entry that make(write) makes, and what said() returns then."""
+    with atomic_file(file) as out, zipfile.ZipFile(out, "w") as archive:
+        places = {}
+
+        def write(array, pieces):
+            with archive.open(array, "w", force_zip64=True) as member:
+                start, n = out.tell(), 0
+                for x in pieces:
+                    member.write(x.data)
+                    n += len(x)
+            places[array] = x.dtype.str, n, start
+
+        make(write)
+        archive.writestr("about", json.dumps({"key": key, "said": said(), "places": places}))
+
+
 def _load(file, key):
     """An Entry; None: there is none, it has another key, or it is damaged."""
     try:
         with open(file, "rb") as raw, zipfile.ZipFile(raw) as archive:
             about = json.loads(archive.read("about"))
-            if about["key"] != key or archive.testzip():
+            first = min(member.header_offset for member in archive.infolist())  # else `places` are others
+            if about["key"] != key or first or archive.testzip():
                 return None
             mapping = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
             entry = Entry((name, np.frombuffer(mapping, *place)) for name, place in about["places"].items())

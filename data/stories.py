@@ -273,7 +273,7 @@ def rank(rng, prompt, stories):
 def make(folder=FOLDER, seed=0):
     """Write the data set unless `folder` exists; returns the folder. UserError: it can't be written."""
     if folder.exists():
-        if os.path.getmtime(__file__) > os.path.getmtime(folder):
+        if os.path.getmtime(__file__) > os.path.getmtime(folder / "sft.jsonl"):
             print(f"data/stories.py is newer than {printable(folder)}; delete the folder to regenerate it")
         return folder
     try:

@@ -73,13 +73,13 @@ def one_sentence(name, remedy):
     """Inside, what the user can mend ends the program `name` with one sentence and exit code 1: a mistake,
     a file, too little memory (`remedy` says what to lower), a compiler. Anything else keeps its traceback.
     Of several processes each names itself: it may be the only one."""
-    name += f", process {ranks.RANK} of {ranks.COUNT}" * (ranks.COUNT > 1)
     try:
         yield
     except KeyboardInterrupt:  # before the first step, or pressed once more
         sys.exit(130)
     except Exception as error:
-        if ranks.RANK:  # the first process most likely says the same, and then torchrun ends this one
+        name += f", process {ranks.RANK} of {ranks.COUNT}" * (ranks.COUNT > 1)
+        if ranks.RANK and ranks.GONE not in str(error):  # the first most likely says the same, and ends all
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         if lack := exhausted(error):

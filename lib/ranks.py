@@ -1,33 +1,33 @@
 """Several processes, one run: `torchrun --nproc-per-node N SCRIPT.py ...`, each with a GPU or some cores.
 
-All hold all data and models and take the same steps. Each computes its share of a batch's rows, sums over the
-processes make it whole, and random numbers are drawn for all rows by everyone: N processes give the numbers
-of one, to rounding. Only the first prints, logs and saves.
+All hold all data and models, take the same steps and draw random numbers for all rows; each computes its
+share of a batch, and sums make it whole: N give the numbers of one, to rounding. The first prints and saves.
 """
 import os
 import sys
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
+from torch import distributed as dist
 
 from data.files import UserError
 
-COUNT = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1  # torchrun sets both
-RANK = int(os.environ["RANK"]) if COUNT > 1 else 0
+COUNT, RANK = 1, 0  # how many processes, and which of them this is
+GONE = "another process of this run has ended"
 
 
 def start(device):
-    """Join the others; all but the first fall silent. UserError: they can't share this device."""
-    if COUNT == 1:
+    """Join the others, if torchrun started any; all but the first fall silent. UserError: a wrong device."""
+    global COUNT, RANK
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return
+    COUNT, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     if str(device) == "cuda" and (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
         torch.cuda.set_device(local)
     elif device.type != "cpu":
         raise UserError(f"--device {device}: each process needs --device cpu, or cuda and a GPU of its own")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
 
 
 def total(x, op="SUM"):
@@ -38,7 +38,7 @@ def total(x, op="SUM"):
     try:
         dist.all_reduce(made, getattr(dist.ReduceOp, op))
     except RuntimeError as error:
-        raise UserError(f"another process of this run has ended ({str(error).splitlines()[0]:.80})") from None
+        raise UserError(f"{GONE} ({str(error).splitlines()[0]:.80})") from None
     return made if torch.is_tensor(x) else made.item()
 
 

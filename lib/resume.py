@@ -108,7 +108,8 @@ class Run:
             raise UserError(f"--resume: the run in {path} was started with different settings: "
                             f"{', '.join(was)}")
         if self.finished.exists() and (path == self.finished or self._was_finished(saved)):
-            self.path.unlink(missing_ok=True)
+            if ranks.COUNT == 1:  # else another process may be about to read it
+                self.path.unlink(missing_ok=True)
             print(f"{self.finished}: this run has finished; drop --resume to start a new one")
             sys.exit(0)
         return saved
@@ -233,6 +234,7 @@ class Run:
             if isinstance(part, torch.nn.Module):
                 check_finite(part, f"step {step}")
         if ranks.RANK:
+            self.saved_step = step
             return
         os.fsync(self.log.file.fileno())
         write(self.path, {"start": self.start, **counts(),
@@ -250,8 +252,9 @@ class Run:
         self.idle = True
         try:
             yield
-        except Stopped:
-            if self.step < self.log.steps:
+        except (Stopped, UserError) as error:
+            ended = isinstance(error, Stopped) or ranks.GONE in str(error)
+            if ended and self.step < self.log.steps:
                 print(f"stopped: {self.save_now()}")
             raise
         finally:

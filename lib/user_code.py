@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from data.files import UserError
+from lib import ranks
 from lib.resume import Stopped
 
 
@@ -34,7 +35,8 @@ SETTINGS = [(torch.get_default_dtype, torch.set_default_dtype),
             (torch.get_num_threads, torch.set_num_threads),
             (torch.is_grad_enabled, torch.set_grad_enabled),
             (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
-            (folder, go_to)]
+            (folder, go_to),
+            (lambda: ranks.COUNT, lambda count: setattr(ranks, "COUNT", count))]
 
 
 def import_function(name, run=None):
@@ -74,6 +76,7 @@ def user_code(what, run=None):
     """Around code of the user's: puts back what it changed for the whole process. When it fails or exits,
     its traceback is printed, the run saved, and a UserError says so (after Ctrl-C: exit with 130)."""
     kept = [(get, put, get()) for get, put in SETTINGS]
+    ranks.COUNT = 1  # only the first process runs this, so what it calls of ours waits for no other
     try:
         yield
     except Stopped:  # by a signal that came meanwhile

@@ -311,7 +311,7 @@ def test_the_size_of_the_ranked_texts_is_that_under_the_tokenizer(tmp_path, larg
         cfg = train_rm.Config(data=str(tmp_path), max_new_tokens=8)
         cfg.given = set()
         train = start.start_rm(cfg, tmp_path / "sft.pt", tmp_path)[2]
-        key = digest(train.key, train.index.tobytes(), (tokenizer.spec(),))
+        key = digest(train.key, train.index.tobytes(), "size", (tokenizer.spec(),))
         sizes.append(cache._load(tmp_path / FOLDER / "preferences.size.zip", key)["array"].tolist())
     assert sizes[0] == sizes[2] != sizes[1]
     assert sizes[0] == start.ranked_tokens(read_preferences(path), BYTES).tolist()
@@ -348,6 +348,35 @@ def test_a_flipped_bit_is_noticed(data):
     assert refused > len(whole) // 2
     file.write_bytes(b"")
     assert use(data) == wanted
+
+
+@pytest.mark.parametrize("before", ["another entry", "a byte"])
+def test_an_archive_that_does_not_begin_the_file_is_another(data, work, before):
+    """zipfile finds its members all the same, where the places that are mapped are not."""
+    old = use(data)[1]
+    first = (data.parent / FOLDER / "prompts.texts.zip").read_bytes()
+    data.write_text(data.read_text().replace("prompt 1", "answer 1"))
+    new, path = use(data)[1], data.parent / FOLDER / "prompts.texts.zip"
+    assert new != old
+    path.write_bytes((first if before == "another entry" else b"x") + path.read_bytes())
+    work.clear()
+    assert use(data)[1] == new and "texts" in work
+
+
+def test_two_processes_make_an_entry_once(data, tmp_path):
+    """The second waits, and finds it."""
+    count = tmp_path / "made"
+    script = ("import sys, time; sys.path[:0] = sys.argv[3:]\n"
+              "from pathlib import Path\n"
+              "from data import arrays, records, stories\n"
+              "arrays.LARGE, shipped = 1, arrays._write_texts\n"
+              "def slow(*args):\n"
+              "    open(sys.argv[2], 'a').write('x'); time.sleep(1); shipped(*args)\n"
+              "arrays._write_texts = slow\n"
+              "print(len(arrays.open_records(records.read_prompts, Path(sys.argv[1]), False)))\n")
+    both = [subprocess.Popen([sys.executable, "-c", script, data, count, ROOT], stdout=subprocess.PIPE)
+            for _ in range(2)]
+    assert [one.communicate()[0] for one in both] == [b"20\n"] * 2 and count.read_text() == "x"
 
 
 def test_an_entry_executes_nothing(data):

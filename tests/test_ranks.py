@@ -4,6 +4,7 @@ Importing torch takes seconds, so one process (this file, run as a script) has d
 of each run; only one test starts them with torchrun.
 """
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from pretend_gpu import DEVICE, pretend_gpu
 import ppo
 import train_rm
 import train_sft
-from lib import ranks
+from lib import ranks, report
 from lib.flags import cli
 from lib.resume import Run, get_state
 
@@ -47,7 +48,7 @@ FLAGS = {"sft": "--tokenizer bytes --n-layer 1 --n-head 2 --d-model 32 --block-s
 
 def child(job, rank):
     """Process `rank` of a run; the parts of its end go to out/STAGE.RANK.pt."""
-    ranks.COUNT, ranks.RANK = job["count"], rank
+    os.environ |= {} if job["count"] == 1 else {"TORCHELASTIC_RUN_ID": "none"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), "RANK": str(rank),
                    "WORLD_SIZE": str(job["count"]), "LOCAL_RANK": str(rank)}
     os.chdir(job["folder"])
@@ -65,9 +66,17 @@ def child(job, rank):
         if rank == 1 and step == job["hit_at"]:
             os.kill(os.getpid(), job["signal"])
         after(run, step, *last)
+    looks = itertools.count(1)
+
+    def look(*args, **more):
+        if rank == 1 and next(looks) == job["look_at"]:
+            os.kill(os.getpid(), job["signal"])
+        return evaluate(*args, **more)
     Run.finish = finish
     if "hit_at" in job:
         Run.after = hit
+    if "look_at" in job:
+        evaluate, report.evaluate = report.evaluate, look
     if "bug" in job:
         BUGS[job["bug"]]()
     there = contextlib.nullcontext()
@@ -141,7 +150,7 @@ def whiten_own_rows():
 
 def seed_by_rank():
     cli_seed = sys.argv.index("--seed") + 1
-    sys.argv[cli_seed] = str(int(sys.argv[cli_seed]) + ranks.RANK)
+    sys.argv[cli_seed] = str(int(sys.argv[cli_seed]) + int(os.environ["RANK"]))
 
 
 def stop_alone():
@@ -253,6 +262,26 @@ def test_a_reward_function_is_asked_by_the_first(folder):
     assert differences(folder, "r1", "r2", "ppo", 2) == []
     asked = [(folder / out / "output.0").read_text().count("\n9\n") for out in ("r1", "r2")]
     assert asked[0] == asked[1] > 4 and not (folder / "r2/output.1").read_text()
+
+
+def test_a_reward_function_may_use_code_of_ours(folder):
+    """Which would wait for the others, and they do not run it."""
+    (folder / "ours.py").write_text(
+        "from lib.rewards import score_rows\nfrom lib.checkpoint import load\nfrom model import RewardModel\n"
+        f"rm = load(RewardModel, '{folder}/one/rm.pt')\n"
+        "def score(prompts, responses):\n"
+        "    return score_rows(rm, [[*r.encode()] or [0] for r in responses], 99, 'cpu').tolist()\n")
+    flags = f"--reward {folder}/ours.py:score"
+    assert run(folder, "own1", "ppo", 1, flags) + run(folder, "own2", "ppo", 2, flags) == [0] * 3
+    assert differences(folder, "own1", "own2", "ppo", 2) == []
+
+
+def test_a_signal_to_one_between_steps_loses_nothing(folder):
+    """Process 1 ends at once; the first has no state yet, and saves it."""
+    flags = "--updates 12 --save-every 0"
+    assert run(folder, "look", "ppo", 2, flags, look_at=2, signal=signal.SIGTERM) == [1, 143]
+    assert "step 10 of 12 is saved" in (folder / "look/output.0").read_text()
+    assert run(folder, "look", "ppo", 2, flags + " --resume") == [0, 0]
 
 
 def test_more_processes_than_rows(folder):

@@ -263,7 +263,7 @@ def test_data_is_the_same_every_time_and_made_once(folder, tmp_path, monkeypatch
     (again / "sft.jsonl").write_text("mine")
     assert stories.make(again) == again and (again / "sft.jsonl").read_text() == "mine"
     assert "newer" not in capsys.readouterr().out
-    os.utime(again, (0, 0))  # as if stories.py had changed since
+    os.utime(again / "sft.jsonl", (0, 0))  # as if stories.py had changed since
     stories.make(again)
     assert f"stories.py is newer than {again}; delete the folder" in capsys.readouterr().out
     assert (again / "sft.jsonl").read_text() == "mine"
