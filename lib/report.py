@@ -156,8 +156,9 @@ def report_agreement(folder):
     low, high = wilson(share, n)
     ceiling, at_most = ((1 + math.sqrt(max(0, 2 * x - 1))) / 2 for x in (share, high))
     print(f"the labeller agreed with an earlier answer in {share:.1%} of {n} pairs asked twice (95%: "
-          f"{low:.0%} to {high:.0%}): no reward model can be expected to pass {ceiling:.0%} (or "
-          f"{at_most:.0%}, at the end of that interval)")
+          f"{low:.0%} to {high:.0%}): " + (
+              f"no reward model can be expected to pass {ceiling:.0%} (or {at_most:.0%}, at the end of that "
+              "interval)" if ceiling < 1 else "that sets a reward model no ceiling"))
     return {"self_agreement": share, "asked_twice": n, "label_ceiling": ceiling}
 
 
