@@ -27,6 +27,7 @@ if not sys.platform.startswith("linux"):
 from helpers import ROOT, lines, make_data
 from pretend_gpu import DEVICE, pretend_gpu
 
+import lib.common
 import ppo
 import train_rm
 import train_sft
@@ -167,7 +168,7 @@ BUGS = {"gradients are not added up": lambda: setattr(ranks, "add_gradients", al
         "a seed for each process": seed_by_rank,
         "log-probs of own rows": lambda: inside(alone, ppo, "assess"),
         "scores of own rows": lambda: inside(alone, train_rm, "measure_pairs"),
-        "loss of own rows": lambda: inside(alone, train_sft, "sft_backward")}
+        "loss of own rows": lambda: inside(alone, lib.common, "to_host")}
 
 
 # ---- the tests ----

@@ -1,5 +1,6 @@
 """sample.py: the loop survives what is typed, a conversation is what SFT on messages trained on."""
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -151,10 +152,12 @@ def test_ctrl_c_as_a_signal(checkpoint):
     assert child.stdout.read(2) == b"> "
     time.sleep(1)
     child.send_signal(signal.SIGINT)
+    while not select.select([child.stdout], [], [], 5)[0]:  # Python drops one that meets a call back from C
+        child.send_signal(signal.SIGINT)
     assert child.stdout.read(2) == b"> "  # again
     child.send_signal(signal.SIGINT)
     out, err = child.communicate()
-    assert child.returncode == 0 and (out, err) == (b"\n", b"\nstopped; Ctrl-C once more to end\n")
+    assert child.returncode == 0 and out == b"\n" and err.endswith(b"\nstopped; Ctrl-C once more to end\n")
 
 
 def test_too_little_memory_is_one_sentence_and_the_loop_goes_on(checkpoint, scripted, capsys):
