@@ -170,7 +170,6 @@ def fitted(records, tokenizer, room):
         flat = (np.diff(at)[rows] - lost.repeat(count)).tolist()
         return [flat[a:b] for a, b in zip((ends - count).tolist(), ends.tolist(), strict=True)]
 
-
     def make(i, kept=kept.data, P=(P[index] - lost).data, lost=lost.data, at=at.data, first=first.data,
              last=(first + count).data):  # these give ints, not numpy's
         return kept[i], P[i], [ids[at[k] + lost[i] : at[k + 1]] for k in range(first[i], last[i])]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import atomic_file, printable
+from data.files import UserError, atomic_file, printable
 
 try:
     import fcntl
@@ -63,25 +63,17 @@ def code():
 def cached(path, what, key, make):
     """The Entry `what` of a JSONL file, as it is there with this key, or else by make(write), which calls
     write(name, pieces) for each; what it prints is printed each time. None: it can't be written."""
-    file, said, name = path.parent / FOLDER / f"{path.stem}.{what}.zip", io.StringIO(), printable(path)
+    file, name = path.parent / FOLDER / f"{path.stem}.{what}.zip", printable(path)
     try:
         found = _load(file, key)
         if not found:
             file.parent.mkdir(exist_ok=True)
-            with _turn(file.parent):
-                found = _load(file, key)  # what another process has made meanwhile
-                if not found:
-                    with redirect_stdout(said):
-                        _store(file, make, key, lambda: said.getvalue().replace(name, PATH))
-                    found = _load(file, key)
-        if found:
-            said = io.StringIO(found.said.replace(PATH, name))
-            return found
-        raise OSError("it can't be read back")
+            with _turn(file.parent):  # while it waited, another process may have made it
+                found = _load(file, key) or _store(file, key, make, name)
     except OSError:
-        said = io.StringIO()  # whoever makes it in another way says it again
-    finally:
-        print(said.getvalue(), end="")
+        return None  # what make has printed is lost: whoever does without the entry says it again
+    print(found.said.replace(PATH, name), end="")
+    return found
 
 
 @contextmanager
@@ -96,21 +88,28 @@ def _turn(folder):
         fcntl and os.close(held)
 
 
-def _store(file, make, key, said):
-    """Write the entry that make(write) makes, and what said() returns then."""
-    with atomic_file(file) as out, zipfile.ZipFile(out, "w") as archive:
-        places = {}
+def _store(file, key, make, name):
+    """Make and write an entry; returns it, loaded. OSError: it can't be written, or read back."""
+    said, places = io.StringIO(), {}
+    try:
+        with redirect_stdout(said), atomic_file(file) as out, zipfile.ZipFile(out, "w") as archive:
+            def write(array, pieces):
+                with archive.open(array, "w", force_zip64=True) as member:
+                    start, n = out.tell(), 0
+                    for x in pieces:
+                        member.write(x.data)
+                        n += len(x)
+                places[array] = x.dtype.str, n, start
 
-        def write(array, pieces):
-            with archive.open(array, "w", force_zip64=True) as member:
-                start, n = out.tell(), 0
-                for x in pieces:
-                    member.write(x.data)
-                    n += len(x)
-            places[array] = x.dtype.str, n, start
-
-        make(write)
-        archive.writestr("about", json.dumps({"key": key, "said": said(), "places": places}))
+            make(write)
+            about = {"key": key, "said": said.getvalue().replace(name, PATH), "places": places}
+            archive.writestr("about", json.dumps(about))
+    except UserError:  # a mistake in the file, for which this was said before
+        print(said.getvalue(), end="")
+        raise
+    if found := _load(file, key):
+        return found
+    raise OSError(f"{file} can't be read back")
 
 
 def _load(file, key):

@@ -68,7 +68,8 @@ def to_host(parts):
     numbers = [x.detach() for some in parts.values() for x in some]
     for name, x in zip(names, torch.stack(numbers).tolist() if numbers else (), strict=True):
         sums[name] += x
-    return {name: ranks.total(x) for name, x in sums.items()}
+    whole = ranks.total(torch.tensor([*sums.values()], dtype=torch.float64)).tolist()
+    return dict(zip(sums, whole, strict=True))
 
 
 def micro_batches(batch, rows, budget):

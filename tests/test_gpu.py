@@ -324,7 +324,7 @@ MISTAKES = [  # what runs, whose function, what it says, what it would say inste
     (decode, lib.generate._generate, "dtype=torch.bool, device=tokens.device)", "dtype=torch.bool)"),
     (decode, generate, "generator=generator", "generator=torch.Generator()"),
     (sft_step, train_sft.sft_batch, "tokens.to(device)", "tokens"),
-    (sft_step, lib.common.to_host, ".tolist()", ".numpy().tolist()"),
+    (sft_step, lib.common.to_host, "numbers).tolist()", "numbers).numpy().tolist()"),
     (rm_step, train_rm.ranking_loss, "device=s.device", "device=None"),
     (rm_step, train_rm.rating_loss, "device=scores.device", "device=None"),
     (partial(rm_step, pool="mean"), RewardModel.forward, "device=h.device", "device=None"),
