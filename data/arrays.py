@@ -125,7 +125,7 @@ def _write_texts(write, examples):
     `others`: ranks, gold and ratings."""
     at, first, other, others = array("q", [0]), array("q", [0]), array("q"), {}
 
-    def texts():
+    def texts():  # in pieces; they fill the other arrays
         data = bytearray()
         for example in examples:
             prompt, *more = (example,) if isinstance(example, str) else example
@@ -165,7 +165,7 @@ def fitted(records, tokenizer, room):
     first, count = first[index], count[index]
     ends = count.cumsum()
 
-    def lengths():
+    def lengths():  # of the tokens of each row, example by example
         rows = np.arange(ends[-1]) + (first - ends + count).repeat(count)
         flat = (np.diff(at)[rows] - lost.repeat(count)).tolist()
         return [flat[a:b] for a, b in zip((ends - count).tolist(), ends.tolist(), strict=True)]
@@ -184,7 +184,7 @@ def _write_rows(records, tokenizer, write):
     at, P, n, threads = array("q", [0]), array("q"), len(records.entry["other"]), os.cpu_count()
     pieces = records.pieces(np.arange(n))
 
-    def ids():
+    def ids():  # in pieces, encoded side by side; they fill at and P
         with ThreadPoolExecutor(threads) as pool, Progress() as progress:
             while some := [*islice(pieces, 4 * threads)]:
                 for rows, prompts in pool.map(partial(encode, records, tokenizer), some):

@@ -79,7 +79,7 @@ def one_sentence(name, remedy):
         sys.exit(130)
     except Exception as error:
         name += f", process {ranks.RANK} of {ranks.COUNT}" * (ranks.COUNT > 1)
-        if ranks.RANK and ranks.GONE not in str(error):  # the first most likely says the same, and ends all
+        if ranks.RANK and not isinstance(error, ranks.Gone):  # the first most likely says it, and ends all
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         if lack := exhausted(error):

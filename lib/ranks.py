@@ -13,7 +13,10 @@ from torch import distributed as dist
 from data.files import UserError
 
 COUNT, RANK = 1, 0  # how many processes, and which of them this is
-GONE = "another process of this run has ended"
+
+
+class Gone(UserError):
+    """Another process of this run has ended."""
 
 
 def start(device):
@@ -31,14 +34,14 @@ def start(device):
 
 
 def total(x, op="SUM"):
-    """The sum over the processes, or the "MAX", of a number or tensor. UserError: one of them is gone."""
+    """The sum over the processes, or the "MAX", of a number or tensor. Gone: one of them has ended."""
     if COUNT == 1:
         return x
     made = x.clone() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
     try:
         dist.all_reduce(made, getattr(dist.ReduceOp, op))
     except RuntimeError as error:
-        raise UserError(f"{GONE} ({str(error).splitlines()[0]:.80})") from None
+        raise Gone(f"another process of this run has ended ({str(error).splitlines()[0]:.80})") from None
     return made if torch.is_tensor(x) else made.item()
 
 

@@ -253,8 +253,7 @@ class Run:
         try:
             yield
         except (Stopped, UserError) as error:
-            ended = isinstance(error, Stopped) or ranks.GONE in str(error)
-            if ended and self.step < self.log.steps:
+            if isinstance(error, (Stopped, ranks.Gone)) and self.step < self.log.steps:
                 print(f"stopped: {self.save_now()}")
             raise
         finally:

@@ -257,6 +257,18 @@ def test_the_prompt_that_is_ignored_and_responses_that_do_not_end(tmp_path):
     assert "responses do not end" in found
 
 
+@pytest.mark.parametrize("given, expected", [(0, 12), (20, 20), (99, 31)])
+def test_responses_may_be_as_long_as_in_the_run(tmp_path, monkeypatch, given, expected):
+    """0: no stage after SFT has said how long; then by rule, as train_rm.py and ppo.py would choose."""
+    make_data(tmp_path / "data", n=200)
+    train_sft.main(config(train_sft, tmp_path, **SIZES | {"epochs": 0.05}))
+    data, _ = files.read_data(tmp_path / "data")
+    logs = {"sft": files.read_log(tmp_path / "out", "sft")}
+    monkeypatch.setattr(doctor, "sft_findings", lambda case, log: [case.new])
+    [new] = doctor.networks("sft", tmp_path / "out", data, None, logs, CPU, given)
+    assert new == expected
+
+
 # ---- PPO ----
 
 def ppo_log(updates=30, config=(), held=(), **columns):
@@ -296,6 +308,14 @@ def test_ppo(log, expected, tmp_path):
     assert [cause.split(":")[0] for cause in found[:1]] == ([expected] if expected else [])
 
 
+@pytest.mark.parametrize("score, gold, expected", [
+    (2.0, 0.6, ["over-optimisation"]), (2.0, 0.8, []), (0.5, 0.6, [])])
+def test_the_best_of_4_samples_have_more_of_the_truth(score, gold, expected, tmp_path):
+    log = ppo_log(held=(0.4, 0.6))
+    log.reports[-1].update(score=score, gold=gold, best_of_4_score=1.0, best_of_4_gold=0.7)
+    assert causes(files.ppo_findings(log, tmp_path)) == expected
+
+
 def sample(model, score, eos, response="One fox ran home."):
     return {"model": model, "score": score, "eos": eos, "response": response}
 
@@ -308,6 +328,14 @@ def test_what_the_gain_is_made_of():
     ends = [sample("SFT", -1.0, 0.0), *[sample(model, 0.0, 1.0) for model in ("SFT", "PPO", "PPO")]]
     assert causes(files.sample_findings(ends)) == ["better only by --no-eos-score"]
     assert not list(files.sample_findings(ends[:2]))  # no PPO in it
+
+
+@pytest.mark.parametrize("same, expected", [(90, []), (98, ["all responses begin alike"])])
+def test_responses_that_begin_alike(same, expected):
+    """In 90 of 100 a healthy run of the stories does, too."""
+    lines = [sample("SFT", 0.0, 1.0, f"{i} different beginnings") for i in range(100)]
+    lines += [sample("PPO", 1.0, 1.0, f"There was once {i}" if i < same else f"{i} fox") for i in range(100)]
+    assert causes(files.sample_findings(lines)) == expected
 
 
 # ---- the program ----

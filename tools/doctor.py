@@ -239,9 +239,11 @@ def networks(stage, out, data, world, logs, device, new):
         yield Finding(f"not examined: {' and '.join(lost)} not found")
         return
     gpt = prepare(load(GPT, sft), device)
-    new = min(new or gpt.config.block_size, gpt.config.block_size // 2)
     scorer = prepare(load(RewardModel, rm), device) if stage == "rm" else None
-    case = Case(gpt, scorer, load_tokenizer(sft), data, world, device, new)
+    tokenizer, room = load_tokenizer(sft), gpt.config.block_size
+    shown = sample(data["sft"][0], SOME) if "sft" in data and not new else []
+    new = new or rules.max_new_tokens(room, [len(tokenizer.encode(text)) + 1 for _, text in shown])
+    case = Case(gpt, scorer, tokenizer, data, world, device, min(new, room - 1))
     yield from sft_findings(case, logs["sft"]) if stage == "sft" else rm_findings(case)
 
 

@@ -44,7 +44,7 @@ LIMITS = {
     "negative": -0.5,  # nats a response
     "gain": 0.05,  # sd of score in 20 updates or more
     "short": 0.25,  # of the length at first
-    "same": 0.9,  # share of responses that begin with the same three words; half as many before PPO
+    "same": 0.97,  # share of responses that begin with the same three words; half as many before PPO
     "entropy": 0.1,  # of that at first; lib/report.py warns at the same
 }
 
@@ -222,11 +222,12 @@ def ppo_findings(log, out):
     stops = fmean((line.get("update_kl") or 0.0) > 1.5 * cfg.update_kl for line in log.steps)
     yield Finding(f"{stops:.0%} of the updates were cut short by --update-kl", stops > LIMITS["stopped"],
                   "the learning rate is too high", "lower --lr")
-    pays = cfg.no_eos_score > score[0]
+    eos = course(log, "eos") or (1.0, 1.0)
+    pays = cfg.no_eos_score > score[0] and (eos[1] < eos[0] - 0.1 or cfg.no_eos_score > score[1])
     for name, ill, cause, change in (
-            ("eos", lambda a, b: pays and (b < a - 0.1 or cfg.no_eos_score > score[1]),
-             f"a missing end pays: it scores {cfg.no_eos_score:g}", "lower --no-eos-score"),
-            ("eos", lambda a, b: b < LIMITS["ends"] * a, "responses no longer end", "lower --no-eos-score"),
+            ("eos", lambda a, b: pays or b < LIMITS["ends"] * a,
+             f"a missing end pays: it scores {cfg.no_eos_score:g}" if pays else "responses no longer end",
+             "lower --no-eos-score"),
             ("value_loss", lambda a, b: b > LIMITS["value loss"],
              "scores are far from a standard deviation of 1", "give --reward-scale first"),
             ("explained", lambda a, b: n >= 15 and b < LIMITS["explained"], "the critic does not learn",
@@ -264,13 +265,18 @@ def sample_findings(lines):
 
 
 def kl_finding(log, text, kl):
-    """The KL, and from which held-out report on the truth falls, where it is known."""
+    """The KL; of the truth, where it is known, from which held-out report on it falls, and whether the best
+    of 4 samples, whose score is lower, has more of it at the end."""
     held = sorted((x for x in log.reports if x.get("update") is not None), key=lambda x: x["update"])
     truth = next((name for name in ("gold", "judge") if held and all(name in x for x in held)), None)
     fallen = [report["update"] for i, report in enumerate(held) if truth and
               report[truth] < max(past[truth] for past in held[: i + 1]) - LIMITS["fallen"]]
     text += f"; {truth} has fallen at update {fallen[0]}" if fallen else ""
+    end = held[-1] if truth else {}
+    x = [end.get(name) for name in ("best_of_4_score", "score", truth, f"best_of_4_{truth}")]
+    behind = None not in x and x[0] < x[1] and x[2] < x[3]
+    text += f"; {truth} is behind the best of 4 samples, whose score is lower" * behind
     if kl < LIMITS["negative"]:
         return Finding(text, True, "the KL is negative", "sample as the policy is scored: no top-k, no top-p")
-    over = kl > LIMITS["KL"] or bool(fallen) and fallen[-1] == held[-1]["update"] and kl > 1
+    over = kl > LIMITS["KL"] or kl > 1 and (behind or bool(fallen) and fallen[-1] == end["update"])
     return Finding(text, over, "over-optimisation", "raise --kl-coef, or take an earlier policy: ppo.best.pt")
