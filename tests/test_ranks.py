@@ -367,6 +367,18 @@ def test_rows_are_dealt_out_once_and_evenly(monkeypatch, count):
     assert max(loads) - min(loads) <= max(tokens)
 
 
+def test_a_parameter_without_a_gradient_anywhere_keeps_none(monkeypatch):
+    """AdamW would otherwise let the weight decay shrink what no text has used."""
+    monkeypatch.setattr(ranks, "COUNT", 2)
+    others = torch.tensor([0.0, 0.0, 1.0, 5.0, 5.0, 0.0, 0.0, 1.0, 1.0])  # who has a gradient; gradients
+    monkeypatch.setattr(ranks, "total", lambda x: x + others)
+    model = torch.nn.ParameterList(torch.zeros(2) for _ in range(3))
+    model[0].grad = torch.ones(2)
+    ranks.add_gradients(model)
+    assert [p.grad is None for p in model] == [False, True, False]
+    assert model[0].grad.tolist() == [6, 6] and model[2].grad.tolist() == [1, 1]
+
+
 if __name__ == "__main__":
     for job in sys.stdin:
         print(json.dumps(fork_all(json.loads(job))), flush=True)
