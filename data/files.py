@@ -155,7 +155,7 @@ def settle(path, line=b""):
         os.truncate(path, len(data) - len(tail))
     elif tail:  # somebody else's, who did not end it
         append(path, b"\n")
-    if line not in (b"", *data.splitlines(keepends=True)):
+    if line.strip() not in (b"", *map(bytes.strip, data.splitlines())):  # also if line ends were changed
         append(path, line)
 
 

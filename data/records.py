@@ -22,6 +22,7 @@ misspelt; what is merely unused is counted and named (data/columns.py).
 import json
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from data import columns
@@ -49,10 +50,10 @@ def read_prompts(path, skip_bad=False, into=list):
     return into(_read(path, "prompts", _only_prompt, skip_bad))
 
 
-def read_responses(path, skip_bad=False):
+def read_responses(path, skip_bad=False, added=("score", "scores")):
     """[(line, prompt, responses, ranks)] of sft.jsonl, preferences.jsonl, or lines with a "response"; of a
-    single response the ranks are None."""
-    return list(_read(path, None, _responses, skip_bad))
+    single response the ranks are None. Columns that were `added` to it may contradict the order."""
+    return list(_read(path, None, partial(_responses, added), skip_bad))
 
 
 def check_line(row, kind):
@@ -210,14 +211,17 @@ def _demonstration(row):
     return prompt, completion
 
 
-def _responses(row):
+def _responses(added, row):
     if "response" in row:
+        if twice := {"chosen", "responses", "completion"} & row.keys():
+            raise UserError(f'give "response" or "{min(twice)}", not both')
         prompt, response = _prompt({"prompt": ""} | row), _response(row, "response")
         check_text(prompt + response)
         return row, prompt, [response], None
-    kind = "preferences" if {"chosen", "responses"} & row.keys() else "sft"
-    known = {name: row[name] for name in columns.READ[kind] if name in row}
-    prompt, responses, *more = (_preference if kind == "preferences" else _demonstration)(known)
+    ranked = bool({"chosen", "responses"} & row.keys())
+    passed = {*added} if ranked else {*added, "label"}  # one that must not be learned has a score, too
+    known = {name: value for name, value in row.items() if name not in passed}
+    prompt, responses, *more = (_preference if ranked else _demonstration)(known)
     return (row, prompt, responses, more[0]) if more else (row, prompt, [responses], None)
 
 

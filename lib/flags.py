@@ -60,6 +60,8 @@ def cli(main, Config, legend=None):
                       "`python -m tools.bench --plan` estimates what PPO needs"):
         check_numbers(cfg)
         check_pairs(cfg)
+        if cfg.device in ("auto", "cuda"):
+            ranks.own_gpu()
         check_sizes(cfg, (device := pick_device(cfg.device)).type)
         ranks.start(device)
         print(f"{Path(sys.argv[0]).name}: on {device}, {f'{ranks.COUNT} processes, ' * (ranks.COUNT > 1)}"

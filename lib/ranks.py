@@ -19,15 +19,20 @@ class Gone(UserError):
     """Another process of this run has ended."""
 
 
+def own_gpu():
+    """Of several GPUs this process's own becomes "cuda", before anything is put on another."""
+    if 0 < int(os.environ.get("LOCAL_RANK", 0)) < torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
 def start(device):
     """Join the others, if torchrun started any; all but the first fall silent. UserError: a wrong device."""
     global COUNT, RANK
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return
     COUNT, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    if str(device) == "cuda" and (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
-        torch.cuda.set_device(local)
-    elif device.type != "cpu":
+    own = str(device) == "cuda" and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count()
+    if device.type != "cpu" and not own:
         raise UserError(f"--device {device}: each process needs --device cpu, or cuda and a GPU of its own")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout

@@ -1,4 +1,5 @@
 """tools.doctor: each illness has its cause, a healthy case none; the first one is the verdict."""
+import math
 import random
 import subprocess
 import sys
@@ -112,12 +113,19 @@ def test_accuracies(own, gap, expected):
     assert found[:1] == ([expected] if expected else [])
 
 
+def test_the_loss_is_that_of_the_scores_that_were_learned():
+    gap = torch.tensor([0.5, -0.1])
+    *_, loss, _ = doctor.accuracies(gap, gap, 2, scale=8.0)
+    assert loss.text.startswith(f"loss {(math.log1p(math.exp(-4)) + math.log1p(math.exp(0.8))) / 2:.3f} nats")
+
+
 class Reader:
     """A case whose reward model is a function of the text."""
 
     def __init__(self, score, prompts=("p:",), rank=None, world=None):
         self.score, self.tokenizer, self.world = score, BYTES, world
-        self.rm, self.gpt = SimpleNamespace(room=64), tiny_gpt(vocab_size=BYTES.vocab_size)
+        self.rm = SimpleNamespace(room=64, scale=torch.tensor(1.0))
+        self.gpt = tiny_gpt(vocab_size=BYTES.vocab_size)
         rng = random.Random(0)
         rank = rank or (lambda prompt, text: -score(prompt + text))
 
@@ -196,7 +204,7 @@ def sft_case(tmp_path, **flags):
     make_data(tmp_path / "data", n=200)
     train_sft.main(config(train_sft, tmp_path, **SIZES | {"epochs": 3.0} | flags))
     logs = {"sft": files.read_log(tmp_path / "out", "sft")}
-    return list(doctor.examine(tmp_path / "out", tmp_path / "data", None, logs, CPU))
+    return list(doctor.examine(tmp_path / "out", None, logs, CPU))
 
 
 def config(script, tmp_path, **flags):
@@ -223,16 +231,21 @@ def test_an_older_log_without_the_loss_of_counts(tmp_path):
     expected = ngram_losses(rows, held, 257)[1]
     assert causes(doctor.learned(case, rows[:9], held, log, expected + 0.09)) == []
     assert causes(doctor.learned(case, rows[:9], held, log, expected + 0.11)) == ["too few steps"]
+    log.config.lr = 1e-6
+    assert causes(doctor.learned(case, rows[:9], held, log, 5.0))[0] == "the learning rate is too low"
 
 
 def test_what_another_prompt_costs(tmp_path, monkeypatch):
     """By a network whose loss is 1 where a completion does not begin as its prompt does; by a blind one."""
-    both = [{"prompt": letter + ":", "completion": f"{letter}{i}"} for i in range(200) for letter in "xyz"]
-    for name in ("sft.jsonl", "sft_val.jsonl"):
-        jsonl(tmp_path / name, both)
-    data, _ = files.read_data(tmp_path)
-    case = doctor.Case(tiny_gpt(vocab_size=BYTES.vocab_size), None, BYTES, data, None, CPU, 32)
-    for loss, expected in ((lambda row, P: row[0] != row[P], False), (lambda row, P: 0.0, True)):
+    for expected, loss, form in ((False, lambda row, P: row[0] != row[P], "{} {}"),
+                                 (True, lambda row, P: 0.0, "{} {}"),
+                                 (False, lambda row, P: 0.0, "{1}")):  # few prompts, none asks for anything
+        both = [{"prompt": letter + " ", "completion": form.format(letter, i)} for i in range(200)
+                for letter in "xyz"]
+        for name in ("sft.jsonl", "sft_val.jsonl"):
+            jsonl(tmp_path / name, both)
+        data, _ = files.read_data(tmp_path)
+        case = doctor.Case(tiny_gpt(vocab_size=BYTES.vocab_size), None, BYTES, data, None, CPU, 32)
         monkeypatch.setattr(doctor, "evaluate", lambda gpt, rows, *_, loss=loss: fmean(
             loss(*x) for x in rows))
         assert ("the prompt is ignored" in causes(doctor.sft_findings(case, None))) == expected
@@ -292,7 +305,10 @@ def ppo_log(updates=30, config=(), held=(), **columns):
     (ppo_log(length=(50.0, 3.0)), "responses shrink to almost nothing"),
     (ppo_log(score=(0.0, None)), "numbers are not finite"),
     (ppo_log(update_kl=(0.001, 0.1)), "the learning rate is too high"),
-    (ppo_log(explained=(-1.0, -0.5)), "the critic does not learn"),
+    (ppo_log(explained=(-1.0, -0.5), value_loss=(0.5, 0.6)), "the critic does not learn"),
+    (ppo_log(explained=(-1.0, -0.5)), []),  # the returns are all alike
+    (ppo_log(value_loss=(900.0, 50.0), config={"no_eos_score": -100.0}), "a missing end costs too much"),
+    (ppo_log(config={"update_kl": None}), []),  # infinite
     (ppo_log(explained=(None, None)), []),  # all returns were equal
     (ppo_log(held=(0.4, 0.8, 0.6), kl=(0.0, 0.1)), []),  # that few nats are chance
     (ppo_log(explained=(-1.0, -0.3), updates=10), []),
@@ -309,11 +325,20 @@ def test_ppo(log, expected, tmp_path):
 
 
 @pytest.mark.parametrize("score, gold, expected", [
-    (2.0, 0.6, ["over-optimisation"]), (2.0, 0.8, []), (0.5, 0.6, [])])
-def test_the_best_of_4_samples_have_more_of_the_truth(score, gold, expected, tmp_path):
+    (2.0, 0.6, ["over-optimisation"]), (2.0, 0.8, []), (1.2, 0.64, []), (2.0, 0.3, ["over-optimisation"])])
+def test_what_a_unit_of_score_is_worth(score, gold, expected, tmp_path):
+    """Beside the 0.3 of the best of 4 samples. Healthy runs pass them in score first, then in gold."""
     log = ppo_log(held=(0.4, 0.6))
+    log.reports[0].update(score=0.0)
     log.reports[-1].update(score=score, gold=gold, best_of_4_score=1.0, best_of_4_gold=0.7)
     assert causes(files.ppo_findings(log, tmp_path)) == expected
+
+
+def test_samples_of_an_earlier_run_are_not_looked_at(tmp_path):
+    lines = [sample(model, 0.0, 1.0, "the same words") for model in ["PPO"] * 99 + ["SFT"]]
+    jsonl(tmp_path / "ppo.samples.jsonl", lines + [sample("SFT", 0.0, 1.0, f"{i}") for i in range(99)])
+    assert causes(files.ppo_findings(ppo_log(), tmp_path)) == ["all responses begin alike"]
+    assert causes(files.ppo_findings(ppo_log()._replace(running=True), tmp_path)) == []
 
 
 def sample(model, score, eos, response="One fox ran home."):
@@ -368,6 +393,14 @@ def test_a_whole_run_and_a_part_of_one(tmp_path):
     assert "not examined: sft.pt and rm.pt not found" in done.stdout
     for name in ("sft.pt", "rm.pt"):
         (tmp_path / name).rename(out / name)
+    make_data(tmp_path / "other", n=80, seed=1)
+    train_sft.main(config(train_sft, tmp_path, **SIZES | {
+        "data": str(tmp_path / "other"), "tokenizer": "", "vocab_size": 300}))
+    done = run("--out", out)  # of each stage the data that it was trained on
+    assert "sft.jsonl: 80 " in done.stdout.replace("different texts of ", "") or "of 80," in done.stdout
+    assert "rm.pt was trained with another tokenizer" in done.stdout and "Traceback" not in done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines() if ".jsonl: " in line] == [
+        "sft.jsonl:", "preferences.jsonl:"]
     (out / "rm.pt").write_bytes(b"junk")
     (out / "ppo.samples.jsonl").write_text('{"prompt": "x", "resp')
     done = run("--out", out)

@@ -933,6 +933,8 @@ def test_pairs_lose_and_overwrite_nothing(tmp_path):
     (tmp_path / "pairs.jsonl").unlink()
     for bad, match in (({"prompt": "p", "completion": "c"}, 'a line has neither "chosen" and "rejected" nor'),
                        ({"prompt": "p", "response": "c"}, "a line has neither"),
+                       (row | {"scores": [0.1, 0.9]}, 'jsonl:2: column "scores" orders the responses'),
+                       (row | {"winner": "b"}, 'jsonl:2: column "winner" contradicts'),
                        (row | {"subset": 3}, 'jsonl:2: "subset" must be a string'),
                        (row | {"subset": []}, 'jsonl:2: "subset" must be a string'),
                        (row | {"subset": "\ud800"}, 'jsonl:2: "subset" contains a lone surrogate')):

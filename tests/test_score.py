@@ -119,6 +119,11 @@ def test_mistakes_are_one_sentence(rm, tmp_path):
         run(rm, tmp_path, PAIRS)
     with pytest.raises(UserError, match=r'in.jsonl:1: "subset" must be a string'):
         run(rm, tmp_path, [PAIRS[0] | {"subset": 3}], out=None)
+    for row in ({"prompt": "p", "responses": ["a", "b"], "rank": [2, 1]},
+                {"prompt": "p", "chosen": "a", "rejected": "b", "preferred": "rejected"},
+                {"prompt": "p", "chosen": "a", "rejected": "b", "response": "a"}):
+        with pytest.raises(UserError, match=r"in.jsonl:1: "):
+            run(rm, tmp_path, [row], out=None)
     bad = [*PAIRS, {"prompt": "p"}]
     with pytest.raises(UserError, match=r"in.jsonl:4: column \"completion\" is missing"):
         run(rm, tmp_path, bad, out=None)

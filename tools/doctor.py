@@ -7,6 +7,7 @@ One line a finding, in the order of the stages. The last line names the first st
 the first cause, since what comes later may only follow from it.
 """
 import argparse
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from lib.flags import one_sentence, pick_device
 from lib.generate import generate
 from lib.output import make_harmless
 from lib.report import accuracy, calibration_error, distinct_2, half_width, held_out_pairs, wilson
-from lib.rewards import score_rows
+from lib.rewards import load_reward_model, score_rows
 from model import GPT, RewardModel
 from tools import doctor_files as files
 from tools.doctor_files import LIMITS, Finding, sample
@@ -86,7 +87,8 @@ def sft_findings(case, log):
     yield Finding(f"loss {loss:.3f} nats a token on held-out texts, {own:.3f} on training texts",
                   loss > LIMITS["overfit"] * own, "overfit", "more demonstrations, or fewer --epochs")
     others = [(b[:P] + a[p:], P) for (a, p), (b, P) in neighbours(held) if P + len(a) - p <= room]
-    if others and len({tuple(row[:P]) for row, P in held}) > 1:
+    asked = len({tuple(row[:P]) for row, P in held})
+    if others and asked > 1 and (2 * asked > len(held) or files.related(files.texts_of("sft", val))):
         costs = evaluate(gpt, others, BUDGET, case.device) - loss
         yield Finding(f"the prompt of another example costs {costs:.3f} nats a token",
                       costs < LIMITS["prompt"], "the prompt is ignored",
@@ -120,9 +122,11 @@ def learned(case, rows, held, log, loss):
     cfg, tokens = log.config, sum(len(row) for row, _ in rows) * len(train) // len(rows)
     size = sum(p.numel() for p in gpt.parameters())
     rate = rules.sft(tokens, size, gpt.config.d_model, cfg.init, cfg.epochs)["lr"]
-    behind = loss > bigram + LIMITS["behind"]
+    behind, off = loss > bigram + LIMITS["behind"], cfg.lr / rate
     yield Finding(f"counts of token pairs have a loss of {bigram:.3f}; --lr {cfg.lr:.2g}, by rule {rate:.2g}",
-                  behind and cfg.lr > LIMITS["rate"] * rate, "the learning rate is too high", "lower --lr")
+                  behind and max(off, 1 / off) > LIMITS["rate"],
+                  *(("the learning rate is too high", "lower --lr") if off > 1 else
+                    ("the learning rate is too low", "raise --lr")))
     yield Finding(f"{log.steps[-1]['step']} steps", behind, "too few steps", "raise --epochs")
 
 
@@ -134,7 +138,7 @@ def rm_findings(case):
     groups, held = (encode_rankings(sample(some, PAIRS), case.tokenizer, case.rm.room, name)
                     for some, name in ((train, "preferences.jsonl"), (val, "preferences_val.jsonl")))
     (own, _), (gap, scores) = case.gaps(groups), case.gaps(held)
-    yield from accuracies(own, gap, len(scores))
+    yield from accuracies(own, gap, len(scores), float(case.rm.scale))
     lengths = torch.tensor([float(len(row)) for group in held for row in group.rows])
     along = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].nan_to_num().item()
     yield Finding(f"correlation of score and length {along:+.2f}", abs(along) > LIMITS["length"],
@@ -151,8 +155,9 @@ def rm_findings(case):
     yield from best_of(case)
 
 
-def accuracies(own, gap, texts):
-    """own, gap: better - worse of training and of held-out pairs; the latter are of so many texts."""
+def accuracies(own, gap, texts, scale=1.0):
+    """own, gap: better - worse of training and of held-out pairs; the latter are of so many texts. scale: by
+    it the scores were divided after the training."""
     right, known = accuracy(gap).mean().item(), accuracy(own).mean().item()
     half, most = half_width(right, len(gap), texts), wilson(right, min(len(gap), texts))[1]
     noise = max(LIMITS["noisier"], 1.5 * half)
@@ -160,8 +165,9 @@ def accuracies(own, gap, texts):
                   "the labels are reversed", "exchange chosen and rejected in preferences.jsonl")
     yield Finding(f"accuracy {known:.1%} on training pairs", known < right - noise,
                   "noisy labels", "many labels of preferences.jsonl are wrong: clean them")
-    yield Finding(f"loss {-F.logsigmoid(gap).mean():.3f} nats on held-out pairs; calibration error "
-                  f"{calibration_error(gap):.3f}", known > max(right + LIMITS["by heart"], most), "overfit",
+    loss, error = -F.logsigmoid(gap * scale).mean(), calibration_error(gap * scale)
+    yield Finding(f"loss {loss:.3f} nats on held-out pairs; calibration error {error:.3f}",
+                  known > max(right + LIMITS["by heart"], most), "overfit",
                   "more pairs, fewer --epochs, or more --dropout")
     surest = accuracy(gap[gap.abs().argsort()[-(len(gap) // 4 or 1) :]])
     sure = surest.mean().item()
@@ -207,13 +213,14 @@ def best_of(case):
 
 # ---- all of it ----
 
-def examine(out, folder, world, logs, device):
-    """Yields (stage, Finding), in order."""
-    cfg = next(iter(logs.values())).config
+def examine(out, given, logs, device):
+    """Yields (stage, Finding), in order. given: a folder of data, or None: the one of each stage."""
     new = max(getattr(log.config, "max_new_tokens", None) or 0 for log in logs.values())
-    data, trouble = files.read_data(folder, cfg.skip_bad, cfg.val_fraction)
+    read = cache(lambda where, *flags: (open_data(where)[1], *files.read_data(open_data(where)[0], *flags)))
     for stage, name in files.NAMES.items():
         if stage in logs:
+            cfg = logs[stage].config
+            world, data, trouble = read(given or cfg.data, cfg.skip_bad, cfg.val_fraction)
             yield from ((stage, finding) for finding in files.data_findings(data, trouble, name))
             try:
                 for finding in (files.ppo_findings(logs[stage], out) if stage == "ppo" else
@@ -239,8 +246,8 @@ def networks(stage, out, data, world, logs, device, new):
         yield Finding(f"not examined: {' and '.join(lost)} not found")
         return
     gpt = prepare(load(GPT, sft), device)
-    scorer = prepare(load(RewardModel, rm), device) if stage == "rm" else None
     tokenizer, room = load_tokenizer(sft), gpt.config.block_size
+    scorer = prepare(load_reward_model(rm, gpt, tokenizer), device) if stage == "rm" else None
     shown = sample(data["sft"][0], SOME) if "sft" in data and not new else []
     new = new or rules.max_new_tokens(room, [len(tokenizer.encode(text)) + 1 for _, text in shown])
     case = Case(gpt, scorer, tokenizer, data, world, device, min(new, room - 1))
@@ -265,8 +272,8 @@ def main(args):
     logs = {stage: log for stage in TITLES if args.out and (log := files.read_log(args.out, stage))}
     if args.out and not logs:
         raise UserError(f"{args.out}: neither sft.log.jsonl nor rm.log.jsonl nor ppo.log.jsonl is there")
-    folder, world = open_data(args.data or next(iter(logs.values())).config.data)
-    ill = show(examine(args.out, folder, world, logs, device) if logs else files.folder_findings(folder))
+    ill = show(examine(args.out, args.data, logs, device) if logs else
+               files.folder_findings(open_data(args.data)[0]))
     print("verdict: " + (f"{TITLES[ill[0]]} is ill: {ill[1].cause}. What to do: {ill[1].change}" if ill else
                          "nothing is ill in what was examined"))
 
@@ -275,7 +282,7 @@ def read_args():
     parser = argparse.ArgumentParser(prog="python -m tools.doctor", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the folder of a run")
-    parser.add_argument("--data", help="a folder of data (default: the one that the run was trained on)")
+    parser.add_argument("--data", help="a folder of data (default: the one that each stage was trained on)")
     parser.add_argument("--device", default="auto", help='"cuda", "mps" or "cpu"')
     args = parser.parse_args()
     if not (args.out or args.data):

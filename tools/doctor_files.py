@@ -37,10 +37,13 @@ LIMITS = {
     "reads": 0.1,  # share of the accuracy above 1/2 that is lost with other prompts
     "spoilt": 1.5,  # sd of score; 1.0 with 567 pairs, whose reward model liked empty texts
     "value loss": 5.0,  # of scores with sd 1 it is 1/2 for a critic that knows nothing
+    "costs": 5.0,  # a missing end, in sd of score
     "stopped": 0.5,  # share of updates
-    "explained": 0.1,  # variance
+    "explained": 0.1,  # variance, while the value loss is above "error"
+    "error": 0.1,  # 0.02 to 0.04 in healthy runs; below it the returns are all alike
     "KL": 20.0,  # nats a response: --kl-budget and a quarter
     "fallen": 0.1,  # gold or judge (in sd) below its best so far
+    "worth": 0.5,  # gold or judge that a unit of score brings, over that in the best of 4 samples
     "negative": -0.5,  # nats a response
     "gain": 0.05,  # sd of score in 20 updates or more
     "short": 0.25,  # of the length at first
@@ -122,7 +125,7 @@ def word_pairs(text):
 def closer(texts):
     """Of (prompt, response)s the share that have rarer words in common with their own prompt than with the
     next one's, ties counting half: 1/2 if the two have nothing to do with one another."""
-    texts = spread([(words(prompt), words(response)) for prompt, response in texts])
+    texts = [(words(prompt), words(response)) for prompt, response in spread(texts)]
     often = Counter(word for prompt, _ in texts for word in prompt)
     gaps = [sum(((word in prompt) - (word in other)) / often[word] for word in response & (prompt | other))
             for (prompt, response), (other, _) in zip(texts, texts[1:] + texts[:1], strict=True)]
@@ -215,11 +218,12 @@ def unfinished_finding(log):
 def ppo_findings(log, out):
     """Of the log in the folder `out`, and of ppo.samples.jsonl beside it."""
     cfg, n = log.config, len(log.steps)
-    score, kl = (course(log, name) or (0.0, 0.0) for name in ("score", "kl"))
+    score, kl, error = (course(log, name) or (0.0, 0.0) for name in ("score", "kl", "value_loss"))
     lost = fmean(line.get("score") is None or line.get("kl") is None for line in log.steps)
     yield Finding(f"{lost:.0%} of the updates have no score or no KL", lost > 0, "numbers are not finite",
                   "lower --lr")
-    stops = fmean((line.get("update_kl") or 0.0) > 1.5 * cfg.update_kl for line in log.steps)
+    limit = math.inf if cfg.update_kl is None else 1.5 * cfg.update_kl  # JSON has no infinity
+    stops = fmean((line.get("update_kl") or 0.0) > limit for line in log.steps)
     yield Finding(f"{stops:.0%} of the updates were cut short by --update-kl", stops > LIMITS["stopped"],
                   "the learning rate is too high", "lower --lr")
     eos = course(log, "eos") or (1.0, 1.0)
@@ -229,9 +233,11 @@ def ppo_findings(log, out):
              f"a missing end pays: it scores {cfg.no_eos_score:g}" if pays else "responses no longer end",
              "lower --no-eos-score"),
             ("value_loss", lambda a, b: b > LIMITS["value loss"],
-             "scores are far from a standard deviation of 1", "give --reward-scale first"),
-            ("explained", lambda a, b: n >= 15 and b < LIMITS["explained"], "the critic does not learn",
-             "raise --critic-lr"),
+             *((f"a missing end costs too much: it scores {cfg.no_eos_score:g}", "raise --no-eos-score")
+               if -cfg.no_eos_score > LIMITS["costs"] else
+               ("scores are far from a standard deviation of 1", "give --reward-scale first"))),
+            ("explained", lambda a, b: n >= 15 and b < LIMITS["explained"] and error[1] > LIMITS["error"],
+             "the critic does not learn", "raise --critic-lr"),
             ("kl", None, "", ""),
             ("score", lambda a, b: n >= 20 and b - a < LIMITS["gain"],
              *(("the policy hardly moves", "raise --lr or lower --kl-coef") if abs(kl[1]) < 0.5 else
@@ -244,7 +250,7 @@ def ppo_findings(log, out):
         if seen := course(log, name):
             text = f"{name} {seen[0]:.3g} at first, {seen[1]:.3g} at last"
             yield Finding(text, ill(*seen), cause, change) if ill else kl_finding(log, text, seen[1])
-    if (path := out / "ppo.samples.jsonl").exists():
+    if not log.running and (path := out / "ppo.samples.jsonl").exists():  # else it is of an earlier run
         yield from sample_findings([line for line, *_ in read_responses(path)])
 
 
@@ -265,18 +271,28 @@ def sample_findings(lines):
 
 
 def kl_finding(log, text, kl):
-    """The KL; of the truth, where it is known, from which held-out report on it falls, and whether the best
-    of 4 samples, whose score is lower, has more of it at the end."""
+    """The KL, and where the truth is known, from which held-out report on it falls, and how much of it a rise
+    of the score brings."""
     held = sorted((x for x in log.reports if x.get("update") is not None), key=lambda x: x["update"])
     truth = next((name for name in ("gold", "judge") if held and all(name in x for x in held)), None)
     fallen = [report["update"] for i, report in enumerate(held) if truth and
               report[truth] < max(past[truth] for past in held[: i + 1]) - LIMITS["fallen"]]
     text += f"; {truth} has fallen at update {fallen[0]}" if fallen else ""
-    end = held[-1] if truth else {}
-    x = [end.get(name) for name in ("best_of_4_score", "score", truth, f"best_of_4_{truth}")]
-    behind = None not in x and x[0] < x[1] and x[2] < x[3]
-    text += f"; {truth} is behind the best of 4 samples, whose score is lower" * behind
+    own, best = worth(held, truth) if truth else (0.0, 0.0)
+    text += f"; a unit of score brings {own:.2f} {truth}, in the best of 4 samples {best:.2f}" if best else ""
     if kl < LIMITS["negative"]:
         return Finding(text, True, "the KL is negative", "sample as the policy is scored: no top-k, no top-p")
-    over = kl > LIMITS["KL"] or kl > 1 and (behind or bool(fallen) and fallen[-1] == end["update"])
+    over = kl > LIMITS["KL"] or kl > 1 and (own < LIMITS["worth"] * best or
+                                            bool(fallen) and fallen[-1] == held[-1]["update"])
     return Finding(text, over, "over-optimisation", "raise --kl-coef, or take an earlier policy: ppo.best.pt")
+
+
+def worth(held, truth):
+    """How much of the truth a unit of score has brought since the first held-out report, by PPO and by the
+    best of 4 samples; (0, 0) where that is unknown, or the best of 4 have not more of both."""
+    rises = [(held[-1].get(prefix + name), held[0].get(name))
+             for prefix in ("", "best_of_4_") for name in (truth, "score")]
+    if any(None in rise for rise in rises):
+        return 0.0, 0.0
+    more, score, more4, score4 = (last - first for last, first in rises)
+    return (more / score, more4 / score4) if min(score, more4, score4) > 0 else (0.0, 0.0)

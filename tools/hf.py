@@ -593,7 +593,7 @@ def write_pairs(path, out, skip_bad=False):
     """Write the pairs of a preferences.jsonl to a new file, one a line. UserError: a line ranks nothing."""
     if os.path.lexists(out):
         raise UserError(f"{out} already exists; nothing is overwritten")
-    found = read_responses(path, skip_bad)
+    found = read_responses(path, skip_bad, added=())
     if any(ranks is None for *_, ranks in found):
         raise UserError(f'{path}: a line has neither "chosen" and "rejected" nor "responses", so no pair')
     rows = [row for ranking in found for row in pairs_of(*ranking)]
