@@ -15,9 +15,11 @@ import train_rm
 import train_sft
 from data.examples import encode_demonstrations
 from lib.baselines import ngram_losses
-from tools import doctor
+from tools import doctor, doctor_logs
 from tools import doctor_files as files
-from tools.doctor_files import Finding, Log
+from tools import doctor_models as models
+from tools.doctor_files import Finding
+from tools.doctor_logs import Log
 
 
 def causes(findings):
@@ -109,14 +111,27 @@ def test_the_whole_of_a_sorted_file_is_looked_at():
     ([1.0] * 68 + [-1.0] * 32, [1.0, 1.0, -1.0] * 100, "noisy labels"),
     ([1.0] * 50 + [-1.0] * 50, [1.0, -1.0] * 150, "it has learned nothing")])
 def test_accuracies(own, gap, expected):
-    found = causes(doctor.accuracies(torch.tensor(own), torch.tensor(gap), 1000))
+    found = causes(models.accuracies(torch.tensor(own), torch.tensor(gap), 1000))
     assert found[:1] == ([expected] if expected else [])
 
 
 def test_the_loss_is_that_of_the_scores_that_were_learned():
     gap = torch.tensor([0.5, -0.1])
-    *_, loss, _ = doctor.accuracies(gap, gap, 2, scale=8.0)
+    *_, loss, _ = models.accuracies(gap, gap, 2, scale=8.0)
     assert loss.text.startswith(f"loss {(math.log1p(math.exp(-4)) + math.log1p(math.exp(0.8))) / 2:.3f} nats")
+
+
+@pytest.mark.parametrize("lr, epochs, known, expected", [
+    (5e-4, 0.05, 0.7, ["too few steps"]), (5e-3, 1.0, 0.7, ["the learning rate is too high"]),
+    (5e-5, 1.0, 0.7, ["the learning rate is too low"]), (5e-5, 0.05, 0.9, []), (2e-3, 0.2, 0.7, [])])
+def test_settings_far_from_the_rule_matter_where_training_pairs_are_not_learned(lr, epochs, known, expected):
+    cfg = SimpleNamespace(lr=lr, epochs=epochs)
+    assert causes([models.settings(cfg, {"lr": 5e-4, "epochs": 1.0}, known)]) == expected
+
+
+def test_responses_that_do_not_fit():
+    assert causes([models.fitting(80, 100, "rankings", 48)]) == []
+    assert causes([models.fitting(79, 100, "rankings", 48)]) == ["responses do not fit"]
 
 
 class Reader:
@@ -141,24 +156,24 @@ class Reader:
     def scores(self, rows):
         return torch.tensor([float(self.score(BYTES.decode(row))) for row in rows])
 
-    gaps, respond = doctor.Case.gaps, doctor.Case.respond
+    gaps, respond = models.Case.gaps, models.Case.respond
 
 
 def test_a_reward_model_that_reads_text_is_healthy():
     def share(text):
         return (text.count("a") - text.count("b")) / len(text)
 
-    assert causes(doctor.rm_findings(Reader(share))) == []
+    assert causes(models.rm_findings(Reader(share))) == []
 
 
 def test_one_that_reads_the_length_only():
-    assert "it reads the length only" in causes(doctor.rm_findings(Reader(len)))
+    assert "it reads the length only" in causes(models.rm_findings(Reader(len)))
 
 
 def test_one_that_likes_repetition_or_nothing():
-    found = causes(doctor.rm_findings(Reader(lambda text: 3.0 * text.count("a"))))
+    found = causes(models.rm_findings(Reader(lambda text: 3.0 * text.count("a"))))
     assert "repeated texts score higher" in found
-    found = causes(doctor.rm_findings(Reader(lambda text: -3.0 * len(text))))
+    found = causes(models.rm_findings(Reader(lambda text: -3.0 * len(text))))
     assert any("texts score higher" in cause for cause in found)
 
 
@@ -184,8 +199,8 @@ def test_one_that_does_not_read_the_prompt():
         return made
 
     cause = "the prompt is not read"
-    assert cause in causes(doctor.rm_findings(case(blind)))
-    assert cause not in causes(doctor.rm_findings(case(lambda text: reads(text.replace(" ", "")))))
+    assert cause in causes(models.rm_findings(case(blind)))
+    assert cause not in causes(models.rm_findings(case(lambda text: reads(text.replace(" ", "")))))
 
 
 def test_gold_shows_labels_that_are_reversed_everywhere():
@@ -195,7 +210,7 @@ def test_gold_shows_labels_that_are_reversed_everywhere():
     for sign, expected in ((1, []), (-1, ["the labels are reversed"])):
         world = SimpleNamespace(gold_score=lambda prompt, text, sign=sign: float(sign * count(prompt + text)))
         case = Reader(count, world=world)
-        assert causes(doctor.best_of(case)) == expected
+        assert causes(models.best_of(case)) == expected
 
 
 # ---- SFT ----
@@ -203,7 +218,7 @@ def test_gold_shows_labels_that_are_reversed_everywhere():
 def sft_case(tmp_path, **flags):
     make_data(tmp_path / "data", n=200)
     train_sft.main(config(train_sft, tmp_path, **SIZES | {"epochs": 3.0} | flags))
-    logs = {"sft": files.read_log(tmp_path / "out", "sft")}
+    logs = {"sft": doctor_logs.read_log(tmp_path / "out", "sft")}
     return list(doctor.examine(tmp_path / "out", None, logs, CPU))
 
 
@@ -225,14 +240,14 @@ def test_an_older_log_without_the_loss_of_counts(tmp_path):
     """Counts of training texts must not be measured on these: their loss is then far too small."""
     make_data(tmp_path, n=200)
     gpt, (data, _) = tiny_gpt(vocab_size=BYTES.vocab_size), files.read_data(tmp_path)
-    case = doctor.Case(gpt, None, BYTES, data, None, CPU, 32)
+    case = models.Case(gpt, None, BYTES, data, None, CPU, 32)
     rows, held = (encode_demonstrations(some, BYTES, 64, "") for some in data["sft"])
-    log = Log(SimpleNamespace(**files.DEFAULTS | {"lr": 1e-3}), [{"step": 9}], [], False)
+    log = Log(SimpleNamespace(**doctor_logs.DEFAULTS | {"lr": 1e-3}), [{"step": 9}], [], False)
     expected = ngram_losses(rows, held, 257)[1]
-    assert causes(doctor.learned(case, rows[:9], held, log, expected + 0.09)) == []
-    assert causes(doctor.learned(case, rows[:9], held, log, expected + 0.11)) == ["too few steps"]
+    assert causes(models.learned(case, rows[:9], held, log, expected + 0.09)) == []
+    assert causes(models.learned(case, rows[:9], held, log, expected + 0.11)) == ["too few steps"]
     log.config.lr = 1e-6
-    assert causes(doctor.learned(case, rows[:9], held, log, 5.0))[0] == "the learning rate is too low"
+    assert causes(models.learned(case, rows[:9], held, log, 5.0))[0] == "the learning rate is too low"
 
 
 def test_what_another_prompt_costs(tmp_path, monkeypatch):
@@ -245,10 +260,10 @@ def test_what_another_prompt_costs(tmp_path, monkeypatch):
         for name in ("sft.jsonl", "sft_val.jsonl"):
             jsonl(tmp_path / name, both)
         data, _ = files.read_data(tmp_path)
-        case = doctor.Case(tiny_gpt(vocab_size=BYTES.vocab_size), None, BYTES, data, None, CPU, 32)
-        monkeypatch.setattr(doctor, "evaluate", lambda gpt, rows, *_, loss=loss: fmean(
+        case = models.Case(tiny_gpt(vocab_size=BYTES.vocab_size), None, BYTES, data, None, CPU, 32)
+        monkeypatch.setattr(models, "evaluate", lambda gpt, rows, *_, loss=loss: fmean(
             loss(*x) for x in rows))
-        assert ("the prompt is ignored" in causes(doctor.sft_findings(case, None))) == expected
+        assert ("the prompt is ignored" in causes(models.sft_findings(case, None))) == expected
 
 
 @pytest.mark.parametrize("losses, expected", [([5.0, 4.0] * 5, []), ([4.0] + [5.0] * 9, ["the loss rises"])])
@@ -256,7 +271,7 @@ def test_a_stage_that_is_training_is_judged_by_its_log(tmp_path, losses, expecte
     """An older checkpoint beside it is another run's."""
     (tmp_path / "sft.pt").write_bytes(b"not to be read")
     steps = [{"step": i, "loss": x} for i, x in enumerate(losses)]
-    log = Log(SimpleNamespace(**files.DEFAULTS), steps, [], True)
+    log = Log(SimpleNamespace(**doctor_logs.DEFAULTS), steps, [], True)
     [finding] = doctor.networks("sft", tmp_path, {"sft": ()}, None, {"sft": log}, CPU, 9)
     assert finding.text.startswith("not finished: 9 steps") and causes([finding]) == expected
 
@@ -266,7 +281,7 @@ def test_the_prompt_that_is_ignored_and_responses_that_do_not_end(tmp_path):
     gpt = tiny_gpt(vocab_size=BYTES.vocab_size)
     make_data(tmp_path, n=200)
     data, _ = files.read_data(tmp_path)
-    found = causes(doctor.sft_findings(doctor.Case(gpt, None, BYTES, data, None, CPU, 32), None))
+    found = causes(models.sft_findings(models.Case(gpt, None, BYTES, data, None, CPU, 32), None))
     assert "responses do not end" in found
 
 
@@ -276,7 +291,7 @@ def test_responses_may_be_as_long_as_in_the_run(tmp_path, monkeypatch, given, ex
     make_data(tmp_path / "data", n=200)
     train_sft.main(config(train_sft, tmp_path, **SIZES | {"epochs": 0.05}))
     data, _ = files.read_data(tmp_path / "data")
-    logs = {"sft": files.read_log(tmp_path / "out", "sft")}
+    logs = {"sft": doctor_logs.read_log(tmp_path / "out", "sft")}
     monkeypatch.setattr(doctor, "sft_findings", lambda case, log: [case.new])
     [new] = doctor.networks("sft", tmp_path / "out", data, None, logs, CPU, given)
     assert new == expected
@@ -318,9 +333,11 @@ def ppo_log(updates=30, config=(), held=(), **columns):
     (ppo_log(kl=(0.0, -2.0)), "the KL is negative"),
     (ppo_log(score=(0.0, 0.0), kl=(0.0, 0.1)), "the policy hardly moves"),
     (ppo_log(score=(0.0, -0.5)), "the score does not rise"),
-    (ppo_log(entropy=(0.7, 0.01)), "the policy repeats itself")])
+    (ppo_log(entropy=(0.7, 0.01)), "the policy repeats itself"),
+    (ppo_log(held=(0.4, 0.8), distinct_2=(0.5, 0.1)), "the policy repeats itself"),
+    (ppo_log(held=(0.4, 0.8), distinct_2=(0.5, 0.2)), [])])
 def test_ppo(log, expected, tmp_path):
-    found = causes(files.ppo_findings(log, tmp_path))
+    found = causes(doctor_logs.ppo_findings(log, tmp_path))
     assert [cause.split(":")[0] for cause in found[:1]] == ([expected] if expected else [])
 
 
@@ -331,14 +348,21 @@ def test_what_a_unit_of_score_is_worth(score, gold, expected, tmp_path):
     log = ppo_log(held=(0.4, 0.6))
     log.reports[0].update(score=0.0)
     log.reports[-1].update(score=score, gold=gold, best_of_4_score=1.0, best_of_4_gold=0.7)
-    assert causes(files.ppo_findings(log, tmp_path)) == expected
+    assert causes(doctor_logs.ppo_findings(log, tmp_path)) == expected
+
+
+def test_a_score_against_the_truth(tmp_path):
+    log = ppo_log(held=(0.4, 0.2))
+    log.reports[0].update(score=0.0)
+    log.reports[-1].update(score=2.0, best_of_4_score=1.0, best_of_4_gold=0.3)
+    assert causes(doctor_logs.ppo_findings(log, tmp_path)) == ["the score is against gold"]
 
 
 def test_samples_of_an_earlier_run_are_not_looked_at(tmp_path):
     lines = [sample(model, 0.0, 1.0, "the same words") for model in ["PPO"] * 99 + ["SFT"]]
     jsonl(tmp_path / "ppo.samples.jsonl", lines + [sample("SFT", 0.0, 1.0, f"{i}") for i in range(99)])
-    assert causes(files.ppo_findings(ppo_log(), tmp_path)) == ["all responses begin alike"]
-    assert causes(files.ppo_findings(ppo_log()._replace(running=True), tmp_path)) == []
+    assert causes(doctor_logs.ppo_findings(ppo_log(), tmp_path)) == ["all responses begin alike"]
+    assert causes(doctor_logs.ppo_findings(ppo_log()._replace(running=True), tmp_path)) == []
 
 
 def sample(model, score, eos, response="One fox ran home."):
@@ -348,11 +372,11 @@ def sample(model, score, eos, response="One fox ran home."):
 def test_what_the_gain_is_made_of():
     better = [sample("SFT", 0.0, 1.0), sample("PPO", 1.0, 1.0, "Two."), sample("SFT", 0.2, 1.0, "A b c d"),
               sample("PPO", 1.2, 1.0, "Two.")]
-    *_, begins = found = list(files.sample_findings(better))
+    *_, begins = found = list(doctor_logs.sample_findings(better))
     assert not causes(found) and begins.text.endswith("50% of SFT's responses, 100% of PPO's")
     ends = [sample("SFT", -1.0, 0.0), *[sample(model, 0.0, 1.0) for model in ("SFT", "PPO", "PPO")]]
-    assert causes(files.sample_findings(ends)) == ["better only by --no-eos-score"]
-    assert not list(files.sample_findings(ends[:2]))  # no PPO in it
+    assert causes(doctor_logs.sample_findings(ends)) == ["better only by --no-eos-score"]
+    assert not list(doctor_logs.sample_findings(ends[:2]))  # no PPO in it
 
 
 @pytest.mark.parametrize("same, expected", [(90, []), (98, ["all responses begin alike"])])
@@ -360,7 +384,7 @@ def test_responses_that_begin_alike(same, expected):
     """In 90 of 100 a healthy run of the stories does, too."""
     lines = [sample("SFT", 0.0, 1.0, f"{i} different beginnings") for i in range(100)]
     lines += [sample("PPO", 1.0, 1.0, f"There was once {i}" if i < same else f"{i} fox") for i in range(100)]
-    assert causes(files.sample_findings(lines)) == expected
+    assert causes(doctor_logs.sample_findings(lines)) == expected
 
 
 # ---- the program ----
@@ -432,8 +456,8 @@ def test_the_first_illness_is_the_verdict(capsys):
 def test_the_newest_log_counts(tmp_path):
     for name, step in (("sft.log.jsonl", 9), ("sft.state.jsonl", 3)):
         jsonl(tmp_path / name, [{"config": {"lr": 1.0}}, {"step": step}, {"report": {"x": 1}}])
-    assert files.read_log(tmp_path, "sft").steps == [{"step": 3}]
+    assert doctor_logs.read_log(tmp_path, "sft").steps == [{"step": 3}]
     jsonl(tmp_path / "sft.state.jsonl", [{"config": {"lr": 1.0}}])  # has taken no step
-    assert files.read_log(tmp_path, "sft").steps == [{"step": 9}]
-    assert files.read_log(tmp_path, "rm") is None
-    assert files.read_log(tmp_path, "sft").reports == [{"x": 1}]
+    assert doctor_logs.read_log(tmp_path, "sft").steps == [{"step": 9}]
+    assert doctor_logs.read_log(tmp_path, "rm") is None
+    assert doctor_logs.read_log(tmp_path, "sft").reports == [{"x": 1}]
