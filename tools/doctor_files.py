@@ -46,7 +46,8 @@ LIMITS = {
     "against": -0.02,  # gold or judge that a unit of score brings in the best of 4 samples
     "worth": 0.5,  # gold or judge that a unit of score brings, over that in the best of 4 samples
     "negative": -0.5,  # nats a response
-    "gain": 0.05,  # sd of score in 20 updates or more
+    "gain": (0.05, 0.2),  # sd of score in 20 updates or more; with a KL below "moved"
+    "moved": 0.5,  # nats a response
     "short": 0.25,  # of the length at first
     "varied": 0.25,  # distinct_2 of held-out responses, of that at first; 0.42 to 0.79 in healthy runs
     "same": 0.97,  # share of responses that begin with the same three words; half as many before PPO

@@ -64,6 +64,7 @@ def ppo_findings(log, out):
     stops = fmean((line.get("update_kl") or 0.0) > limit for line in log.steps)
     yield Finding(f"{stops:.0%} of the updates were cut short by --update-kl", stops > LIMITS["stopped"],
                   "the learning rate is too high", "lower --lr")
+    still = abs(kl[1]) < LIMITS["moved"]
     eos = course(log.steps, "eos") or (1.0, 1.0)
     pays = cfg.no_eos_score > score[0] and (eos[1] < eos[0] - 0.1 or cfg.no_eos_score > score[1])
     for name, ill, cause, change in (
@@ -77,8 +78,8 @@ def ppo_findings(log, out):
             ("explained", lambda a, b: n >= 15 and b < LIMITS["explained"] and error[1] > LIMITS["error"],
              "the critic does not learn", "raise --critic-lr"),
             ("kl", None, "", ""),
-            ("score", lambda a, b: n >= 20 and b - a < LIMITS["gain"],
-             *(("the policy hardly moves", "raise --lr or lower --kl-coef") if abs(kl[1]) < 0.5 else
+            ("score", lambda a, b: n >= 20 and b - a < LIMITS["gain"][still],
+             *(("the policy hardly moves", "raise --lr or lower --kl-coef") if still else
                ("the score does not rise", "lower --lr"))),
             ("entropy", lambda a, b: b < LIMITS["entropy"] * a, "the policy repeats itself",
              "raise --kl-coef or lower --lr"),
