@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from data.examples import encode_prompt, pad, prompt_room
-from data.files import Progress, UserError
+from data.files import Progress, UserError, check_new
 from data.records import ANSWER, QUESTION, read_prompts, text_of
 from lib.checkpoint import load, load_tokenizer, write, write_lines
 from lib.fast import prepare
@@ -90,13 +90,19 @@ def answer(prompt, gpt, rm, tokenizer, args, generator, chat=False):
     return found[0][0]
 
 
+def as_turn(prompt, chat):
+    """In a chat the prompt as a user's turn, unless it is a conversation in our form already."""
+    said = not chat or prompt.endswith(ANSWER)
+    return prompt if said else as_prompt([{"role": "user", "content": prompt}])
+
+
 def answer_file(gpt, rm, tokenizer, args, generator, chat):
     """Write the responses to all --prompts as JSONL, which tools.score reads."""
     prompts, rows = read_prompts(args.prompts), []
     with Progress() as progress:
         for i, prompt in enumerate(prompts):
             progress(f"{i} of {len(prompts)} prompts answered")
-            found, _ = answers(prompt, gpt, rm, tokenizer, args, generator, chat)
+            found, _ = answers(as_turn(prompt, chat), gpt, rm, tokenizer, args, generator, chat)
             rows += [{"prompt": prompt, "response": text, "eos": float(ended)} | ({"score": x} if rm else {})
                      for text, ended, x in found]
     write(Path(args.to), rows, save=write_lines)
@@ -222,8 +228,7 @@ def check(args):
     if bool(args.prompts) != bool(args.to) or args.prompts and args.prompt is not None:
         raise UserError("--prompts FILE and --to FILE belong together, and take the place of a prompt")
     for path in filter(None, (args.to, args.html)):
-        if os.path.lexists(path):
-            raise UserError(f"{path} already exists; choose another name")
+        check_new(path)
     if ((args.prompt is None or args.n or args.best_of) if args.tokens else (args.given or args.html)):
         raise UserError("--response, --twins and --html belong to --tokens, which takes one prompt on the "
                         "command line, and neither --n nor --best-of")
@@ -256,9 +261,7 @@ def main(args):
     if args.prompt is None:
         talk(gpt, rm, tokenizer, args, generator, chat)
         return
-    prompt = os.fsencode(args.prompt).decode(errors="replace")  # bytes that were no text
-    if chat and not prompt.endswith(ANSWER):  # else it is a conversation in our form already
-        prompt = as_prompt([{"role": "user", "content": prompt}])
+    prompt = as_turn(os.fsencode(args.prompt).decode(errors="replace"), chat)  # bytes that were no text
     if args.tokens:
         show_tokens(prompt, load_sources(gpt, rm, tokenizer, args, device), args, generator, chat)
         return

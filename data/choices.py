@@ -2,11 +2,11 @@
 from data.convert import Dropped, objects
 from data.files import UserError, atomic_file, json_line
 from data.prepare import is_read
-from data.records import read_preferences
+from data.records import read_preferences, read_prompts
 from data.rows import Found
 from data.tables import read_table
 
-TRAIN, VAL = "preferences.jsonl", "preferences_val.jsonl"
+TRAIN, VAL, PROMPTS = "preferences.jsonl", "preferences_val.jsonl", "prompts.jsonl"
 
 
 def read_ranked(path):
@@ -39,20 +39,29 @@ def studio_rows(tasks):
                         yield place, studio_choice(task["data"], result)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f'{place}: expected "annotations" with the result of a Pairwise tag, and in '
-                            '"data" a "prompt" and two texts, named as in the tag\'s toName') from None
+                            '"data" a "prompt" and two texts, named as in the tag\'s toName, or alike but '
+                            "for a last 1 and 2") from None
 
 
 def studio_choice(data, result):
-    """One row. ValueError: it is not clear which are the two texts."""
+    """One row. The two texts are named in toName, or but for a last 1 and 2 (a and b) they are named alike.
+    ValueError: it is not clear which they are."""
     texts = [name for name, text in data.items() if name != "prompt" and isinstance(text, str)]
-    a, b = [name for name in result.get("to_name", "").split(",") if name in texts] or texts
+    a, b = [name for name in result.get("to_name", "").split(",") if name in texts] or sorted(texts)
+    if a not in result.get("to_name", "").split(",") and a[:-1] != b[:-1]:
+        raise ValueError
     return {"prompt": data["prompt"], "a": data[a], "b": data[b], "choice": result["value"]["selected"]}
 
 
 def add_choices(pairs, folder):
     """Add pairs to the preferences in a folder, those of every tenth new prompt to the held-out ones. A
-    prompt that is there stays on its side, and a pair that is there is not added again."""
+    prompt that is there, but for blanks around it, keeps them and its side, and a pair that is there is not
+    added again."""
     there, dropped = {name: read_ranked(folder / name) for name in (TRAIN, VAL)}, Dropped()
+    asked = read_prompts(folder / PROMPTS) if (folder / PROMPTS).exists() else []
+    asked += [prompt for some in there.values() for prompt, *_ in some]
+    spelled = {prompt.strip(): prompt for prompt in asked}
+    pairs = [(spelled.get(prompt.strip(), prompt), *texts) for prompt, *texts in pairs]
     side = {prompt: name for name, some in there.items() for prompt, *_ in some}
     fresh = dict.fromkeys(prompt for prompt, *_ in pairs if prompt not in side)
     side |= {prompt: VAL if i % 10 == 9 else TRAIN for i, prompt in enumerate(fresh)}

@@ -136,6 +136,14 @@ def append(path, lines):
             raise
 
 
+def check_new(path):
+    """UserError: it is there already, or its folder is not: to be known before any work is done."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} already exists; choose another name")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"{path}: there is no such folder")
+
+
 def take_back(*last):
     """Remove from each (path, line) this last line. UserError: one is not the last, and none is removed."""
     for path, line in last:

@@ -162,8 +162,11 @@ def build(args):
     sides = split(found, args.val)
     files, better, dropped = {}, None, Dropped()
     if sides[0].rated and args.demonstrations == "better":
-        better = median(item.mean for _, item in sides[0].rated)
-        print(f"demonstrations: what is rated {better:g}, the median, or better"
+        means = sorted(item.mean for _, item in sides[0].rated)
+        better, word = median(means), "the median"
+        if better == means[0] < means[-1]:  # of many bad ones none is a demonstration
+            better, word = next(x for x in means if x > better), "above the lowest"
+        print(f"demonstrations: what is rated {better:g}, {word}, or better"
               + f"; where a prompt has 2 to {LARGEST} responses, the best" * any(p for p, _ in sides[0].rated)
               + " (--demonstrations all: everything)")
     for side, name in zip(sides, (".jsonl", "_val.jsonl"), strict=True):

@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 
-from data.columns import check_repeated
+from data.columns import SCORES, check_order, check_repeated
 from data.convert import Dropped
 from data.files import UserError, printable
 from data.records import ANSWER, split
@@ -26,6 +26,7 @@ NAMES = {role: names.split() for role, names in {
     "text": "text content sentence review comment body"}.items()}
 KINDS = [("chosen", "rejected"), ("a", "b", "choice"), ("response", "rating"), ("text", "rating"),
          ("prompt", "response"), ("text",), ("prompt",)]
+RATED = re.compile(rf"{SCORES.pattern}|rank|correct|quality|likes", re.IGNORECASE)
 NOTHING = {"", "nan", "na", "n/a", "none", "null", "-", "?"}
 
 
@@ -52,6 +53,9 @@ def find_columns(names, given, path):
              for role, known in NAMES.items()} | given
     kind = next((kind for kind in KINDS if all(found[role] for role in kind)
                  and given.keys() <= {"prompt", *kind}), None)
+    if found["a"] and found["b"] and kind not in KINDS[:2] and not given:
+        raise UserError(f"{path} has {listed(found['a'] + found['b'])}, and no column that says which is "
+                        "better: name it with --choice-column; one to learn from, with --response-column")
     if not kind:
         raise UserError(f"{path} has the columns {listed(names)}; say which to read: --text-column, "
                         "--response-column, --rating-column, ... (-h lists them); the first line of a table "
@@ -74,6 +78,11 @@ def text_of(row, names, where):
         if x is not None and x == x and not isinstance(x, str):
             raise UserError(f"{where}: {listed([name])} is not a text")
     text = "\n\n".join(x.strip() for x in cells if isinstance(x, str) and x.strip())
+    if re.match(r"\[\s*\{.*['\"]role['\"]\s*:", text, re.S):
+        raise UserError(f"{where}: {listed(names)} holds a list of messages as text; save it as JSONL with a "
+                        '"messages" column')
+    if text.startswith("Human:") and text.endswith(ANSWER):  # a conversation, as data/records.py writes it
+        text = "\n\n" + text
     try:
         text.encode()
         check_text(text)
@@ -95,7 +104,7 @@ def number(row, names, where):
         raise UserError(f"{where}: {text} in {listed(names)}: write that comma as a point, or delete it")
     text = re.sub(r"^([-+]?\d+),(\d+)$", r"\1.\2", text)
     try:
-        x = float({"true": 1, "false": 0}.get(text, text))
+        x = math.inf if "_" in text else float({"true": 1, "false": 0}.get(text, text))  # 1_2 would be 12
     except ValueError:
         x = math.inf
     if not abs(x) < 1e18:
@@ -152,6 +161,8 @@ class Found:
         print(printable(f"{path}: {len(rows)} rows; " + ", ".join(
             f"{role}: {listed(some)}" for role, some in roles.items()))
             + (f"; not read: {listed(rest)}" if rest else ""))
+        if not {"rating", "choice", "chosen"} & roles.keys() and (some := [*filter(RATED.fullmatch, rest)]):
+            print(f"{listed(some)} may be a rating: to use it, give --rating-column")
         choose = choices(rows, roles) if "choice" in roles else None
         for where, row in rows:
             try:
@@ -169,6 +180,11 @@ class Found:
                 prompt, *texts = split(*("\n\n" + text for text in texts))
             except UserError as error:
                 raise Drop(str(error)) from None
+        if "chosen" in cells:
+            try:
+                check_order(row | {"chosen": said[0], "rejected": said[1]}, 2)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
         if rating is not None:
             self.rated[prompt, texts[0]].append(rating)
         elif len(texts) == 2:

@@ -1,14 +1,13 @@
 """Tables: CSV, TSV, JSON, JSONL and plain text as rows of named cells; an error names file and line."""
 import csv
 import io
-import json
 import re
 
-from data.files import UserError, json_object, printable
+from data.files import STRICT, UserError, json_object, printable
 
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".pdf",
-          ".docx", ".pkl"}
+          ".doc", ".docx", ".rtf", ".html", ".htm", ".xml", ".pkl"}
 
 
 def read_table(path, encoding=None, separator=None):
@@ -19,7 +18,7 @@ def read_table(path, encoding=None, separator=None):
     """
     suffix = path.suffix.casefold()
     if suffix in PACKED:
-        raise UserError(f"{path}: {suffix} can't be read; unpack it, or save it as CSV (UTF-8) or JSONL")
+        raise UserError(f"{path}: {suffix} can't be read; unpack it, or save it as text, CSV or JSONL")
     text = _read(path, encoding)
     if suffix in (".jsonl", ".ndjson"):
         rows = list(_json_lines(path, text))
@@ -83,9 +82,11 @@ def _json_lines(path, text):
 def _json(path, text):
     """A list of objects or of strings, or an object with one list. Several objects: one a line."""
     try:
-        data = json.loads(text)
+        data = STRICT.decode(text)
     except RecursionError:
         raise UserError(f"{path}: not JSON: nested too deeply") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except ValueError as error:
         if getattr(error, "msg", "") == "Extra data":  # another object follows the first
             yield from _json_lines(path, text)
@@ -110,20 +111,25 @@ def _json(path, text):
 # ---- CSV ----
 
 def _csv(path, text, suffix):
-    """CSV by its header: commas, semicolons, tabs or bars. A TSV file's quotes may be plain characters."""
+    """CSV by its header: commas, semicolons, tabs or bars. A TSV file's quotes may be plain characters: if
+    its lines have as many cells as the header, none of them goes on in the next."""
     csv.field_size_limit(2**31 - 1)
     tabs, skipped = suffix != ".csv", 0
     if found := re.match(r"sep=(.)\n", text, re.I):  # Excel's
         text, skipped = text[found.end():], 1
-    try:
-        first = text.lstrip("\n").split("\n", 1)[0]
-        delimiter = "\t" if tabs else found[1] if found else max(
-            ",;\t|", key=lambda x: len(next(csv.reader([first], delimiter=x), [])))
-        records = list(_records(path, text, skipped, delimiter=delimiter, strict=True))
-    except UserError:
-        if not tabs:
-            raise
-        records = list(_records(path, text, skipped, delimiter=delimiter, quoting=csv.QUOTE_NONE))
+    first = text.lstrip("\n").split("\n", 1)[0]
+    delimiter = "\t" if tabs else found[1] if found else max(
+        ",;\t|", key=lambda x: len(next(csv.reader([first], delimiter=x), [])))
+    plain = [*_records(path, text, skipped, delimiter=delimiter, quoting=csv.QUOTE_NONE)] if tabs else []
+    if plain and 1 < len(plain[0][1]) and all(_fits(cells, plain[0][1]) for _, cells in plain):
+        records = [(place, [*map(_unquoted, cells)]) for place, cells in plain]
+    else:
+        try:
+            records = [*_records(path, text, skipped, delimiter=delimiter, strict=True)]
+        except UserError:
+            if not tabs:
+                raise
+            records = plain
     if not records:
         raise UserError(f"{path} is empty")
     (_, header), *records = records
@@ -133,13 +139,23 @@ def _csv(path, text, suffix):
         raise UserError(f"{path}: two columns are named {printable(twice[0])!r}; rename one of them")
     rows = []
     for place, cells in records:
-        if len(cells) < len(names) or any(cell.strip() for cell in cells[len(names):]):
+        if not _fits(cells, names):
             raise UserError(f"{place}: {len(cells)} cells, where the header has {len(names)}; cells that "
                             f"contain {'a tab' if delimiter == chr(9) else repr(delimiter)} need quotes")
         rows.append((place, dict(zip(names, cells, strict=False))))
     if not rows:
         raise UserError(f"{path} has a header, and no row below it")
     return names, rows
+
+
+def _fits(cells, names):
+    return len(cells) >= len(names) and not any(cell.strip() for cell in cells[len(names):])
+
+
+def _unquoted(cell):
+    """The text of a cell that is quoted as a whole, or the cell."""
+    whole = re.fullmatch(r'"((?:[^"]|"")*)"', cell)
+    return whole[1].replace('""', '"') if whole else cell
 
 
 def _records(path, text, line, **how):

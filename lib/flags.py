@@ -132,6 +132,10 @@ def check_pairs(cfg):
     wrong = {
         "--kl-coef must be at least 1e-9 with --kl-target, which changes it by a factor":
             x["kl_target"] and x["kl_coef"] < 1e-9,
+        "--kl-budget does nothing with --kl-target, which takes its place":
+            "kl_budget" in changed and x["kl_target"] and x["kl_budget"],
+        "--kl-budget does nothing with --kl-coef 0, which it raises by a factor":
+            "kl_budget" in cfg.given and x["kl_budget"] and not x["kl_coef"],
         "--kl-horizon does nothing without --kl-target": "kl_horizon" in changed and not x["kl_target"],
         "--reward-scale does nothing without --reward": "reward_scale" in changed and not x["reward"],
         f"--reward-scale {x['reward_scale']}: expected first or none":

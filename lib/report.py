@@ -35,10 +35,13 @@ def report_ngrams(loss, gpt, rows, val_rows, curve):
     return {"unigram_loss": unigram, "bigram_loss": bigram}
 
 
-def compare(lead, unit, other, curve):
-    """How far the network is ahead of what is trivial; if it is not, the likely cause and the flag."""
+def compare(lead, unit, other, curve, chance=0.0):
+    """How far the network is ahead of what is trivial; if it is behind by more than chance, the likely cause
+    and the flag."""
     if lead >= 0:
         return f"the network is {f'ahead of {other} by {lead:.3g} {unit}' if lead else f'level with {other}'}"
+    if -lead <= chance:
+        return f"the network is behind {other} by {-lead:.3g} {unit}, which may be chance"
     cause = ("it was still improving when it ended: raise --epochs" if not curve.idle else
              "it knows the training texts better than others, by heart: raise --dropout, lower --lr, or add "
              "data" if curve.by_heart else
@@ -79,8 +82,10 @@ def score_groups(rm, groups, cfg, device):
 
 
 def half_width(accuracy, pairs, texts):
-    """Of its 95% interval. Pairs of the same texts are not independent: no more are counted than texts."""
-    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / min(pairs, texts))
+    """Of its 95% interval (Wilson's, the longer side). Pairs of the same texts are not independent: no more
+    are counted than texts."""
+    low, high = wilson(accuracy, min(pairs, texts))
+    return max(accuracy - low, high - accuracy)
 
 
 FEW_PAIRS = 300
@@ -107,7 +112,7 @@ def report_pairs(rm, groups, world, cfg, device):
     half = half_width(result["accuracy"], len(gap), texts)
     print(f"held-out pairs: accuracy {result['accuracy']:.1%} +- {half:.1%} (95%) on {len(gap)} of {texts} "
           "texts" + (f", ceiling {result['ceiling']:.1%}" if world else "")
-          + f", longer wins {result['longer_wins']:.1%}")
+          + f", longer wins {result['longer_wins']:.1%}" + "; so few pairs say little" * (len(gap) < 30))
     wide = gold.abs() > cfg.wide_gap
     if cfg.wide_gap and not wide.any():
         print(f"no two of the true scores differ by more than {cfg.wide_gap}")
@@ -132,9 +137,10 @@ def report_words(right, groups, val_groups, curve):
     reward model's accuracy."""
     linear = Linear(groups)
     scores = torch.tensor([linear.score(text) for group in val_groups for text in group.texts[1]])
-    other = accuracy(held_out_pairs(val_groups, scores, None)[0]).mean().item()
+    gap = held_out_pairs(val_groups, scores, None)[0]
+    other, chance = accuracy(gap).mean().item(), half_width(right, len(gap), len(scores))
     print(f"beside it: ridge regression on which words occur in a response has {other:.1%}: "
-          + compare(100 * (right - other), "points", "it", curve))
+          + compare(100 * (right - other), "points", "it", curve, 100 * chance))
     return {"ridge_accuracy": other}
 
 
@@ -365,11 +371,19 @@ def print_table(before, chosen, after, world, show):
     print()
 
 
+FEW_END = 0.05
+NONE_ENDS = ("hardly any response ends, and the others have --no-eos-score. Raise --max-new-tokens, or train "
+             "the SFT model longer")
+
+
 def beside_best_of(chosen, after):
     """A sentence: PPO beside the best of 4, by score, and by gold where it is known."""
     lead = {name: after[name] - chosen[name] for name in ("score", "gold") if name in after}
     other = "the best of 4 samples of the SFT model"
     by = ", ".join(f"{name} {x:+.3f}" for name, x in lead.items())
+    if after["eos"] < FEW_END or lead["score"] == 0:
+        return (f"warning: PPO is not ahead of {other} ({by}), as "
+                + (NONE_ENDS if after["eos"] < FEW_END else "all scores are alike"))
     if lead["score"] <= 0:
         return f"warning: PPO is not ahead of {other} ({by}): raise --updates or --kl-budget"
     if lead.get("gold", 1) <= 0:
@@ -417,6 +431,7 @@ def warnings(stats, first, useless=0):
     numbers of the first update, `useless` counts the updates in a row with explained variance below 0. The
     limits are far outside what a good run shows."""
     wrong = {
+        NONE_ENDS: stats["eos"] < FEW_END,
         "the KL is above 50 nats a response: the policy has left the text that the reward model knows, "
         "so its scores mean little. Raise --kl-coef or lower --lr": stats["kl"] > 50,
         "the entropy is below a tenth of the first update's: the policy repeats itself. "

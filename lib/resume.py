@@ -138,7 +138,8 @@ class Run:
                 keep_previous(self.path)
             self.log = Log(self.running_log, cfg, saved["steps"] if saved else steps, saved)
         self.step = self.saved_step = saved["step"] if saved else 0
-        self.handlers = {n: signal.signal(n, self._stop) for n in stop_signals()}
+        self.handlers = {n: signal.getsignal(n) for n in stop_signals()}
+        self.take_signals()
         if saved:
             print(f"resuming after step {self.step} of {steps}")
             for name, count in counts().items():
@@ -273,8 +274,14 @@ class Run:
         self.caught = number
         tell("\nfinishing this step\n")
 
+    def take_signals(self):
+        """Also anew, after code that may have taken them; but not what was given back."""
+        for number in self.handlers:
+            signal.signal(number, self._stop)
+
     def _restore_handlers(self):
-        for number, handler in self.handlers.items():
+        handlers, self.handlers = self.handlers, {}
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
     def save_diverged(self, best, tokenizer):

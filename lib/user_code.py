@@ -35,6 +35,9 @@ SETTINGS = [(torch.get_default_dtype, torch.set_default_dtype),
             (torch.get_num_threads, torch.set_num_threads),
             (torch.is_grad_enabled, torch.set_grad_enabled),
             (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+            (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+            (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+            (lambda: (sys.stdout, sys.stderr), lambda both: vars(sys).update(stdout=both[0], stderr=both[1])),
             (folder, go_to),
             (lambda: ranks.COUNT, lambda count: setattr(ranks, "COUNT", count))]
 
@@ -47,7 +50,8 @@ def import_function(name, run=None):
     """
     path, _, function = name.rpartition(":")
     if not (Path(path).is_file() and path.endswith(".py")):
-        raise UserError(f"--reward {name}: expected FILE.py:FUNCTION, and there is no such .py file {path!r}")
+        why = f"and there is no such .py file {path!r}" if path else f"as in {name}:score"
+        raise UserError(f"--reward {name}: expected FILE.py:FUNCTION, {why}")
     file = Path(path).resolve()
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
@@ -93,6 +97,8 @@ def user_code(what, run=None):
         raise UserError(sentence) from None
     finally:
         restore(kept)
+        if run:
+            run.take_signals()
 
 
 def saved(run):

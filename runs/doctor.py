@@ -1,4 +1,4 @@
-"""Sixteen illnesses and what the doctor says of each: the tables of docs/results.md.
+"""Twenty-one illnesses and what the doctor says of each: the tables of docs/results.md.
 
     bash runs/seeds.sh                                 # first: the healthy runs
     python runs/doctor.py                              # makes what is missing in out/doctor, then the table
@@ -21,8 +21,9 @@ HEALTHY = Path(os.environ.get("HEALTHY", "out/seeds/1"))
 EOS_LEFT_OUT = ("import train_sft\nfrom lib.flags import cli\nmask = train_sft.response_mask\n"
                 "train_sft.response_mask = lambda lengths, P, T: mask(lengths - 1, P, T)\n"
                 "cli(train_sft.main, train_sft.Config)\n")
-TIMES_100 = ("from data.stories import gold_score\ndef score(prompts, responses):\n"
-             "    return [100 * gold_score(*x) for x in zip(prompts, responses)]\n")
+REWARD = ("from data.stories import gold_score\ndef score(prompts, responses):\n"
+          "    return [{} * gold_score(*x) for x in zip(prompts, responses)]\n")
+TIMES = {"times_100": 100, "against": -1}
 
 
 # ---- spoilt data: training and held-out lines of one file -> both ----
@@ -63,6 +64,7 @@ ILL = {
     "shuffled": ("sft", "wrong prompts|prompt is ignored", rotated, []),
     "thirty": ("sft", "too few demonstrations|overfit", lambda train, val: (train[:30], val),
                ["--epochs", 50]),
+    "cut": ("sft", "do not fit", None, ["--block-size", 48, "--epochs", 0.5]),
     "noisy": ("rm", "noisy labels", flipped(0.3), ["--epochs", 1]),
     "flipped": ("rm", "labels are reversed", flipped(1.0), ["--epochs", 1]),
     "blind": ("rm", "wrong prompts|prompt is not read", rotated, ["--epochs", 1]),
@@ -70,10 +72,14 @@ ILL = {
     "longer": ("rm", "longer is better|length only", by_length, ["--epochs", 1]),
     "leaked": ("rm", "held-out texts in the training data", lambda train, val: (train + val, val),
                ["--epochs", 1]),
+    "few_rm": ("rm", "too few steps", None, ["--epochs", 0.08]),
+    "high_rate_rm": ("rm", "learning rate is too high", None, ["--lr", 0.015, "--epochs", 0.3]),
+    "low_rate_rm": ("rm", "learning rate is too low", None, ["--lr", 5e-6, "--epochs", 0.3]),
     "no_kl": ("ppo", "over-optimisation", None, ["--kl-coef", 0, "--updates", 200]),
     "high_rate_ppo": ("ppo", "learning rate is too high", None, ["--lr", 6e-3]),
     "no_critic": ("ppo", "critic does not learn", None, ["--critic-lr", 0]),
     "ends": ("ppo", "a missing end pays", None, ["--no-eos-score", 5]),
+    "against": ("ppo", "against gold", None, ["--updates", 16]),
     "times_100": ("ppo", "standard deviation of 1", None, ["--reward-scale", "none"]),
 }
 FILES = {"sft": "sft", "rm": "preferences"}
@@ -109,9 +115,8 @@ def make(name):
         flags = [*flags, "--sft", HEALTHY / "sft.pt"]
     if stage == "ppo":
         flags = ["--updates", 30, *flags]
-        (out / "reward.py").write_text(TIMES_100)
-        flags += (["--reward", f"{out}/reward.py:score"] if name == "times_100" else
-                  ["--rm", HEALTHY / "rm.pt"])
+        (out / "reward.py").write_text(REWARD.format(TIMES.get(name)))
+        flags += ["--reward", f"{out}/reward.py:score"] if name in TIMES else ["--rm", HEALTHY / "rm.pt"]
     (out / "spoilt.py").write_text(EOS_LEFT_OUT)
     script = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "ppo.py"}[stage]
     command = [sys.executable, out / "spoilt.py" if name == "no_eos" else ROOT / script, "--out", out, *flags]

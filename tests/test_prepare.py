@@ -10,6 +10,7 @@ from helpers import lines
 from data import prepare
 from data.records import read_preferences, read_prompts, read_sft
 from data.split import held_out
+from data.tables import read_table
 
 READ = {"sft": read_sft, "preferences": read_preferences, "prompts": read_prompts}
 FOUND = [kind + side for kind in READ for side in (".jsonl", "_val.jsonl")]
@@ -240,6 +241,28 @@ def test_conversations_of_hh_keep_their_prompt(folder):
         assert line["prompt"] == f"\n\nHuman: q {i}\n\nAssistant:" and line["chosen"] == f" yes {i}"
 
 
+@pytest.mark.parametrize("names", [("prompt", "response"), ("prompt", "chosen", "rejected")])
+def test_a_conversation_in_the_prompt_column_keeps_its_blank_lines(folder, names):
+    """As sample.py and tools/label.py would write the same prompt."""
+    rows = [(f"\n\nHuman: q {i}\n\nAssistant:", f" yes {i}", " no")[: len(names)] for i in range(60)]
+    (folder / "h.jsonl").write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows))
+    made = run("h.jsonl", "--val", 0.2)
+    assert {line["prompt"] for name in made for line in made[name]} == {row[0] for row in rows}
+
+
+def test_of_many_bad_texts_none_is_a_demonstration(folder, capsys):
+    table("r.csv", ("text", "label"), rows := [(text(i), int(i % 3 == 0)) for i in range(90)])
+    made, label = run("r.csv", "--val", 0.2), dict(rows)
+    assert "what is rated 1, above the lowest, or better" in capsys.readouterr().out
+    assert all(label[line["prompt"] + line["completion"]] for line in made["sft.jsonl"])
+
+
+def test_what_may_be_a_rating_is_named(folder, capsys):
+    table("r.csv", ("prompt", "response", "upvotes"), [(f"q {i}", f"a {i}", i) for i in range(60)])
+    run("r.csv", "--val", 0.2)
+    assert '"upvotes" may be a rating: to use it, give --rating-column' in capsys.readouterr().out
+
+
 def test_demonstrations_alone(folder, capsys):
     rows = [{"instruction": f"Add {i} and 1.", "input": "", "output": f"{i + 1}", "id": i} for i in range(60)]
     rows += [rows[0], rows[1] | {"output": "Add 1 and 1. 2"}]
@@ -324,6 +347,21 @@ def test_a_tsv_with_quotes_that_are_characters(folder):
     assert all_texts(made, ".jsonl") <= {t for t, _ in rows}
 
 
+def test_quotes_of_a_tsv_that_span_its_lines_do_not_join_them(folder, capsys):
+    rows = [(f'{"" if i % 3 else chr(34)}{text(i)}{chr(34) if i % 3 == 2 else ""}', i % 4) for i in range(60)]
+    (folder / "t.tsv").write_text("text\trating\n" + "".join(f"{t}\t{r}\n" for t, r in rows))
+    made = run("t.tsv", "--val", 0.2)
+    assert "60 rows" in capsys.readouterr().out and all_texts(made, ".jsonl") <= {t for t, _ in rows}
+
+
+@pytest.mark.parametrize("cell, read", [('"a ""b"" c d"', 'a "b" c d'), ('"a b\nc d"', "a b\nc d"),
+                                        ('"a" b "c"', '"a" b "c"')])
+def test_quoted_cells_of_a_tsv(folder, cell, read):
+    (folder / "t.tsv").write_text(f"text\trating\n{cell}\t1\nx y z\t2\n")
+    names, rows = read_table(folder / "t.tsv")
+    assert names == ["text", "rating"] and [row["text"] for _, row in rows] == [read, "x y z"]
+
+
 def test_a_huge_cell(folder, capsys):
     rows = [*rated(), ("word " * 100_000, 2), ("w" * 30_000, 3)]
     table("h.csv", ("text", "rating"), rows)
@@ -351,7 +389,14 @@ def test_a_huge_cell(folder, capsys):
     ("r.json", b'{"a": [], "b": []}', "it has 2 lists"),
     ("r.json", b"[1]", "item 1: neither an object nor a text"),
     ("r.json", b'[{"text": "a"},\n]', "r.json:2: not JSON"), ("r.json", b"[" * 100_000, "nested too deeply"),
-    ("r.xlsx", b"PK", r"\.xlsx can't be read; unpack it, or save it as CSV"),
+    ("r.json", b'[{"text": "a", "text": "b"}]', "r.json: duplicate key"),
+    ("r.csv", b"text,rating\na b c,1_2\n", "r.csv:2: '1_2' in \"rating\" is not a number"),
+    ("r.csv", b"prompt,response_a,response_b\np,a,b\n", "no column that says which is better: name it with"),
+    ("r.csv", b"prompt,chosen,rejected,winner\np,a,b,rejected\n", 'r.csv:2: column "winner" contradicts'),
+    ("r.csv", b"prompt,chosen,rejected,chosen_score,rejected_score\np,a,b,1,5\n", "r.csv:2: column"),
+    ("r.csv", b"""prompt,response\n"[{'role': 'user', 'content': 'x'}]",b\n""", "holds a list of messages"),
+    ("r.html", b"<p>a</p>", r"\.html can't be read"),
+    ("r.xlsx", b"PK", r"\.xlsx can't be read; unpack it, or save it as text, CSV"),
     ("r.txt", b"\n \n", "r.txt is empty")])
 def test_bad_files_are_named_with_their_line(folder, capsys, name, raw, says):
     (folder / name).write_bytes(raw)

@@ -324,6 +324,22 @@ def test_a_signal_within_the_function_is_not_its_fault(start, at, step):
     assert start(None, "--resume", save_every=0)[0] == 0
 
 
+def test_a_function_that_takes_the_signals_does_not_keep_them(start):
+    takes = """import os, signal
+        n = 0
+        def f(prompts, responses):
+            global n
+            n += 1
+            if n == 2:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            if n == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return [float(len(x)) for x in responses]
+        """.replace("\n        ", "\n")
+    code, out, err = start(takes, save_every=0)
+    assert code == 130 and "stopped after step 2 of 3; rerun with --resume" in out, out + err
+
+
 def test_a_mended_function_goes_on(start):
     """The file may change between the parts of a run, or no fault in it could be mended; that is said."""
     code, _, err = start(FAILS.replace("HERE", "raise ValueError"), save_every=0)
@@ -392,6 +408,7 @@ def test_import_function(tmp_path):
     file.write_text("def count(prompts, responses):\n    return [0]\n")
     assert import_function(f"{file}:count")([], ["abc"]) == [0]
     for name, why in ((f"{tmp_path}/no.py:count", "no such .py file"),
+                      ("a.py", "expected FILE.py:FUNCTION, as in a.py:score"),
                       (f"{file}:nothing", "no function 'nothing'"),
                       (f"{file}:number", "no function 'number'"),
                       (str(file), "expected FILE.py:FUNCTION")):
@@ -405,10 +422,14 @@ def test_user_code_puts_back_what_it_changed(tmp_path, monkeypatch):
         with user_code("mine"):
             torch.set_default_dtype(torch.float16)
             torch.set_grad_enabled(False)
+            torch.set_float32_matmul_precision("medium")
+            torch.autograd.set_detect_anomaly(True)
+            sys.stdout = open(os.devnull, "w")
             os.chdir("/")
             raise ValueError("no")
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
-    assert os.getcwd() == str(tmp_path)
+    assert os.getcwd() == str(tmp_path) and sys.stdout.name != os.devnull
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.is_anomaly_enabled()
 
 
 # ---- E: the scale of rewards ----
@@ -592,6 +613,7 @@ def test_kl_target_with_a_short_horizon(start):
     ({"kl_coef": 0.0, "kl_target": 6.0}, "--kl-coef must be at least"),
     ({"kl_horizon": 10}, "--kl-horizon does nothing"),
     ({"reward_scale": "none"}, "--reward-scale does nothing"),
+    ({"kl_budget": 2.0, "kl_target": 6.0}, "--kl-budget does nothing with --kl-target"),
     ({"reward": "f.py:f", "reward_scale": "last"}, "expected first or none"),
     ({"minibatches": 9, "batch": 8}, "--minibatches must not exceed --batch")])
 def test_pairs_of_ppo_flags_that_cannot_work_are_refused(flags, said):

@@ -110,6 +110,8 @@ def test_flags_of_a_file_of_prompts(checkpoint, tmp_path):
             sample.main(args_of(ckpt=path, **flags))
     with pytest.raises(UserError, match="already exists; choose another name"):
         sample.main(args_of(ckpt=path, prompts=prompts, to=to))
+    with pytest.raises(UserError, match="there is no such folder"):
+        sample.main(args_of(ckpt=path, prompts=prompts, to=str(tmp_path / "no" / "x.jsonl")))
 
 
 # ---- a loop that survives ----
@@ -282,6 +284,15 @@ def test_a_prompt_of_the_command_line_is_a_turn_too(checkpoint, scripted):
     for prompt, chat in (("Hi", None), (f"{QUESTION} Hi{ANSWER}", None), ("Hi", False)):
         sample.main(args_of(ckpt=path, prompt=prompt, chat=chat))
     assert seen == [f"{QUESTION} Hi{ANSWER}"] * 2 + ["Hi"]
+
+
+def test_prompts_of_a_file_are_turns_too(checkpoint, scripted, tmp_path):
+    jsonl(tmp_path / "p.jsonl", [{"prompt": "Hi"}, {"prompt": f"{QUESTION} Ho{ANSWER}"}])
+    seen = scripted([], ["yes"] * 2)
+    sample.main(args_of(ckpt=checkpoint(chat=1.0), prompts=str(tmp_path / "p.jsonl"),
+                        to=str(tmp_path / "a.jsonl")))
+    assert seen == [f"{QUESTION} Hi{ANSWER}", f"{QUESTION} Ho{ANSWER}"]
+    assert [line["prompt"] for line in lines(tmp_path / "a.jsonl")] == ["Hi", f"{QUESTION} Ho{ANSWER}"]
 
 
 # ---- the checkpoint knows ----

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from data.download import download
-from data.files import UserError, atomic_folder, json_object, printable
+from data.files import UserError, atomic_folder, check_new, json_object, printable
 from data.records import ANSWER, NAMES, QUESTION, read_responses
 from data.tokenizer import SPLIT, get_tokenizer
 from lib import checkpoint
@@ -591,8 +591,7 @@ def pairs_of(line, prompt, responses, ranks):
 
 def write_pairs(path, out, skip_bad=False):
     """Write the pairs of a preferences.jsonl to a new file, one a line. UserError: a line ranks nothing."""
-    if os.path.lexists(out):
-        raise UserError(f"{out} already exists; nothing is overwritten")
+    check_new(out)
     found = read_responses(path, skip_bad, added=())
     if any(ranks is None for *_, ranks in found):
         raise UserError(f'{path}: a line has neither "chosen" and "rejected" nor "responses", so no pair')

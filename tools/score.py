@@ -11,14 +11,13 @@ have a "subset", a name, also for each of these.
 """
 import argparse
 import itertools
-import os
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 from data.examples import fit
-from data.files import UserError, printable
+from data.files import check_new, printable
 from data.records import read_responses
 from lib.checkpoint import load, load_tokenizer, write, write_lines
 from lib.fast import prepare
@@ -56,8 +55,8 @@ def describe(ranked):
 
 
 def main(args):
-    if args.out and os.path.lexists(args.out):
-        raise UserError(f"{args.out} already exists; choose another name")
+    if args.out:
+        check_new(args.out)
     device = pick_device(args.device)
     rm, tokenizer = prepare(load(RewardModel, args.rm), device), load_tokenizer(args.rm)
     found = read_responses(args.file, args.skip_bad)
