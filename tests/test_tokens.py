@@ -412,7 +412,7 @@ def test_a_page_never_takes_the_place_of_a_file(made, tmp_path, capsys):
         with pytest.raises(UserError, match="already exists; choose another name"):
             run(tmp_path / "nothing", html=str(tmp_path / name))
     assert (tmp_path / "mine.html").read_text() == "mine" and not (tmp_path / "nowhere").exists()
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="there is no such folder"):
         run(made(), given=["x"], html=str(tmp_path / "no/folder.html"))
 
 
