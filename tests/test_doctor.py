@@ -122,7 +122,7 @@ def test_the_loss_is_that_of_the_scores_that_were_learned():
 
 
 @pytest.mark.parametrize("lr, epochs, known, expected", [
-    (5e-4, 0.05, 0.7, ["too few steps"]), (5e-3, 1.0, 0.7, ["the learning rate is too high"]),
+    (5e-4, 0.05, 0.7, ["too few steps"]), (5e-3, 0.05, 0.7, ["the learning rate is too high"]),
     (5e-5, 1.0, 0.7, ["the learning rate is too low"]), (5e-5, 0.05, 0.9, []), (2e-3, 0.2, 0.7, [])])
 def test_settings_far_from_the_rule_matter_where_training_pairs_are_not_learned(lr, epochs, known, expected):
     cfg = SimpleNamespace(lr=lr, epochs=epochs)

@@ -153,9 +153,10 @@ def rm_findings(case, log=None):
 def settings(cfg, rule, known):
     """Those of a reward model beside the ones by rule, where its accuracy on training pairs is low."""
     off, few = cfg.lr / rule["lr"], LIMITS["few epochs"] * cfg.epochs < rule["epochs"]
+    far = max(off, 1 / off) > LIMITS["rate"]
     text = f"--lr {cfg.lr:.2g}, by rule {rule['lr']:.2g}; --epochs {cfg.epochs:g}, by rule {rule['epochs']:g}"
-    return Finding(text, known < LIMITS["learned"] and (few or max(off, 1 / off) > LIMITS["rate"]),
-                   *(("too few steps", "raise --epochs") if few else RATES[off > 1]))
+    return Finding(text, known < LIMITS["learned"] and (far or few),
+                   *(RATES[off > 1] if far else ("too few steps", "raise --epochs")))
 
 
 def accuracies(own, gap, texts, scale=1.0):
