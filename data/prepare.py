@@ -25,12 +25,14 @@ from data.files import UserError, printable
 from data.records import check_line
 from data.rows import NAMES, Found
 from data.split import held_out, place
+from data.tables import FORMS
 
 FEW = 20  # with fewer prompts than this the responses say what is held out
 LARGEST = 9  # more rated responses to a prompt are ranked as texts without a prompt are: in lists of K
 K, EACH = 4, 6  # each text is in EACH lists of K
 PAIRS = 3000  # held out, at most
 SEED = 1
+PLAIN = "; in a plain text blank lines stand between texts, or give --split (lines: --split $'\\n')"
 KINDS = {"sft": "demonstrations", "preferences": "rankings", "prompts": "prompts"}
 
 
@@ -129,6 +131,14 @@ def in_two(prompt, text):
 
 # ---- what to do with it ----
 
+def why_none(kind, found):
+    """Why a file is not made."""
+    if kind != "preferences" or not found.rated:
+        return f"there are no {KINDS[kind]} in this"
+    same = len({fmean(ratings) for ratings in found.rated.values()}) == 1
+    return "all ratings are equal" if same else "no prompt has two responses with different ratings"
+
+
 def advise(folder, files):
     """Print lengths, the sizes that train_sft.py will choose, and the next commands."""
     texts = [(line["prompt"], line["completion"]) for line in files["sft.jsonl"]]
@@ -177,9 +187,10 @@ def build(args):
         train, val = len(files[f"{kind}.jsonl"]), len(files[f"{kind}_val.jsonl"])
         if bool(train) != bool(val):
             raise UserError(f"--val {args.val:g} leaves {train} lines for {kind}.jsonl and {val} for "
-                            f"{kind}_val.jsonl, and both need some: try {'more' if train else 'less'}")
+                            f"{kind}_val.jsonl, and both need some: try {'more' if train else 'less'}"
+                            + PLAIN * any(path.suffix.casefold() not in FORMS for path in args.files))
         if not train:
-            print(f"not made: {kind}.jsonl, as there are no {KINDS[kind]} in this")
+            print(f"not made: {kind}.jsonl, as {why_none(kind, found)}")
     if not any(files.values()):
         raise UserError("nothing is left of " + ", ".join(map(str, args.files)))
     n, held = (len(side.texts()) + len(side.prompts) for side in sides)

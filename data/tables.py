@@ -6,6 +6,7 @@ import re
 from data.files import STRICT, UserError, json_object, printable
 
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+FORMS = {".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson"}  # any other suffix is plain text
 PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".pdf",
           ".doc", ".docx", ".rtf", ".html", ".htm", ".xml", ".pkl"}
 
