@@ -138,7 +138,8 @@ def test_one_rated_response_a_prompt_ranks_nothing_and_it_is_said(folder, capsys
     made = run("r.csv", "--val", 0.1)
     assert not any(name.startswith("preferences") for name in made)
     out = capsys.readouterr().out
-    assert "not made: preferences.jsonl" in out and "ppo.py --data out --out out/out" in out
+    assert "not made: preferences.jsonl, as no prompt has two responses with different ratings" in out
+    assert "ppo.py --data out --out out/out" in out
     assert "--reward FILE.py:FUNCTION" in out and "train_rm.py" not in out
     better = [int(line["completion"][3:]) for line in made["sft.jsonl"]]
     assert len(better) == pytest.approx(len(made["prompts.jsonl"]) / 2, abs=1)
@@ -293,6 +294,15 @@ def test_plain_text(folder, capsys):
     (folder / "poems.txt").write_text("***".join(poems))
     assert run("poems.txt", "--val", 0.2, "--split", "***", to="2") == made
     assert "poems.txt: 60 rows" in capsys.readouterr().out
+
+
+def test_one_text_a_line_and_ratings_that_are_equal_are_named(folder, capsys):
+    (folder / "lines.txt").write_text("\n".join(text(i) for i in range(60)))
+    assert "or give --split (lines: --split $'\\n')" in fails(capsys, "lines.txt")
+    assert len(run("lines.txt", "--split", "\n", "--val", 0.2)["sft.jsonl"]) > 30
+    table("r.csv", ("text", "rating"), [(text(i), 3) for i in range(60)])
+    run("r.csv", "--val", 0.2, to="2")
+    assert "not made: preferences.jsonl, as all ratings are equal" in capsys.readouterr().out
 
 
 def test_several_files_of_several_kinds_are_one_data_set(folder):
