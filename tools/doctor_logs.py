@@ -54,45 +54,51 @@ def unfinished_finding(log):
 
 def ppo_findings(log, out):
     """Of the log in the folder `out`, and of ppo.samples.jsonl beside it."""
-    cfg, n = log.config, len(log.steps)
     held = sorted((x for x in log.reports if x.get("update") is not None), key=lambda x: x["update"])
-    score, kl, error = (course(log.steps, name) or (0.0, 0.0) for name in ("score", "kl", "value_loss"))
     lost = fmean(line.get("score") is None or line.get("kl") is None for line in log.steps)
     yield Finding(f"{lost:.0%} of the updates have no score or no KL", lost > 0, "numbers are not finite",
                   "lower --lr")
-    limit = math.inf if cfg.update_kl is None else 1.5 * cfg.update_kl  # JSON has no infinity
+    limit = math.inf if log.config.update_kl is None else 1.5 * log.config.update_kl  # JSON has no infinity
     stops = fmean((line.get("update_kl") or 0.0) > limit for line in log.steps)
     yield Finding(f"{stops:.0%} of the updates were cut short by --update-kl", stops > LIMITS["stopped"],
                   "the learning rate is too high", "lower --lr")
-    still = abs(kl[1]) < LIMITS["moved"]
-    eos = course(log.steps, "eos") or (1.0, 1.0)
-    pays = cfg.no_eos_score > score[0] and (eos[1] < eos[0] - 0.1 or cfg.no_eos_score > score[1])
-    for name, ill, cause, change in (
-            ("eos", lambda a, b: pays or b < LIMITS["ends"] * a,
-             f"a missing end pays: it scores {cfg.no_eos_score:g}" if pays else "responses no longer end",
-             "lower --no-eos-score"),
-            ("value_loss", lambda a, b: b > LIMITS["value loss"],
-             *((f"a missing end costs too much: it scores {cfg.no_eos_score:g}", "raise --no-eos-score")
-               if -cfg.no_eos_score > LIMITS["costs"] else
-               ("scores are far from a standard deviation of 1", "give --reward-scale first"))),
-            ("explained", lambda a, b: n >= 15 and b < LIMITS["explained"] and error[1] > LIMITS["error"],
-             "the critic does not learn", "raise --critic-lr"),
-            ("kl", None, "", ""),
-            ("score", lambda a, b: n >= 20 and b - a < LIMITS["gain"][still],
-             *(("the policy hardly moves", "raise --lr or lower --kl-coef") if still else
-               ("the score does not rise", "lower --lr"))),
-            ("entropy", lambda a, b: b < LIMITS["entropy"] * a, "the policy repeats itself",
-             "raise --kl-coef or lower --lr"),
-            ("length", lambda a, b: b < LIMITS["short"] * a, "responses shrink to almost nothing",
-             "raise --kl-coef; look whether the reward prefers short texts"),
-            ("distinct_2", lambda a, b: b < LIMITS["varied"] * a, "the policy repeats itself",
-             "raise --kl-coef or lower --lr"),
-            ("clipped", lambda a, b: False, "", "")):
+    for name, ill, cause, change in signs(log):
         if seen := course(log.steps, name) or course(held, name):
             text = f"{name} {seen[0]:.3g} at first, {seen[1]:.3g} at last"
             yield Finding(text, ill(*seen), cause, change) if ill else kl_finding(held, text, seen[1])
     if not log.running and (path := out / "ppo.samples.jsonl").exists():  # else it is of an earlier run
         yield from sample_findings([line for line, *_ in read_responses(path)])
+
+
+def signs(log):
+    """For each column: its name, whether what it was at first and at last is an illness, the cause, and what to
+    change; of "kl" kl_finding says more."""
+    cfg, n = log.config, len(log.steps)
+    score, kl, error = (course(log.steps, name) or (0.0, 0.0) for name in ("score", "kl", "value_loss"))
+    still = abs(kl[1]) < LIMITS["moved"]
+    eos = course(log.steps, "eos") or (1.0, 1.0)
+    pays = cfg.no_eos_score > score[0] and (eos[1] < eos[0] - 0.1 or cfg.no_eos_score > score[1])
+    return (
+        ("eos", lambda a, b: pays or b < LIMITS["ends"] * a,
+         f"a missing end pays: it scores {cfg.no_eos_score:g}" if pays else "responses no longer end",
+         "lower --no-eos-score"),
+        ("value_loss", lambda a, b: b > LIMITS["value loss"],
+         *((f"a missing end costs too much: it scores {cfg.no_eos_score:g}", "raise --no-eos-score")
+           if -cfg.no_eos_score > LIMITS["costs"] else
+           ("scores are far from a standard deviation of 1", "give --reward-scale first"))),
+        ("explained", lambda a, b: n >= 15 and b < LIMITS["explained"] and error[1] > LIMITS["error"],
+         "the critic does not learn", "raise --critic-lr"),
+        ("kl", None, "", ""),
+        ("score", lambda a, b: n >= 20 and b - a < LIMITS["gain"][still],
+         *(("the policy hardly moves", "raise --lr or lower --kl-coef") if still else
+           ("the score does not rise", "lower --lr"))),
+        ("entropy", lambda a, b: b < LIMITS["entropy"] * a, "the policy repeats itself",
+         "raise --kl-coef or lower --lr"),
+        ("length", lambda a, b: b < LIMITS["short"] * a, "responses shrink to almost nothing",
+         "raise --kl-coef; look whether the reward prefers short texts"),
+        ("distinct_2", lambda a, b: b < LIMITS["varied"] * a, "the policy repeats itself",
+         "raise --kl-coef or lower --lr"),
+        ("clipped", lambda a, b: False, "", ""))
 
 
 def sample_findings(lines):
