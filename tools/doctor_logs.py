@@ -71,8 +71,8 @@ def ppo_findings(log, out):
 
 
 def signs(log):
-    """For each column: its name, whether what it was at first and at last is an illness, the cause, and what to
-    change; of "kl" kl_finding says more."""
+    """For each column: its name, whether what it was at first and at last is an illness, the cause, and what
+    to change; of "kl" kl_finding says more."""
     cfg, n = log.config, len(log.steps)
     score, kl, error = (course(log.steps, name) or (0.0, 0.0) for name in ("score", "kl", "value_loss"))
     still = abs(kl[1]) < LIMITS["moved"]
