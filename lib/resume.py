@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import weakref
 import zlib
 from contextlib import contextmanager
 from functools import partial
@@ -61,7 +62,7 @@ class Run:
         if not cfg.out:
             raise UserError("--out is empty: name a folder")
         out = Path(cfg.out)
-        self.cfg, self.caught, self.step, self.handlers, self.pid = cfg, 0, None, {}, os.getpid()
+        self.cfg, self.caught, self.step, self.handlers = cfg, 0, None, {}
         self.idle = False
         self.result, self.log_path, self.finished = (
             out / f"{name}{end}" for end in (".pt", ".log.jsonl", ".finished.pt"))
@@ -140,6 +141,11 @@ class Run:
         self.step = self.saved_step = saved["step"] if saved else 0
         self.handlers = {n: signal.getsignal(n) for n in stop_signals()}
         self.take_signals()
+        if hasattr(os, "register_at_fork"):
+            # what code of the user's forks must end at a signal: multiprocessing's pools wait for that, and a
+            # child that waits for a lock may not come to a handler of Python's
+            back = weakref.WeakMethod(self._restore_handlers)
+            os.register_at_fork(after_in_child=lambda: back() and back()())
         if saved:
             print(f"resuming after step {self.step} of {steps}")
             for name, count in counts().items():
@@ -262,8 +268,6 @@ class Run:
 
     def _stop(self, number, frame):
         self._restore_handlers()  # a second signal stops at once
-        if os.getpid() != self.pid:  # a child that code of the user's has forked, as multiprocessing's pools
-            return os.kill(os.getpid(), number)
         if self.step == self.log.steps:  # no step is left to finish
             if self.saved_step != self.step:  # nor is the last one saved, on a full disk: write the result
                 return tell("\nwriting the result; once more to stop\n")
