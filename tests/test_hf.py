@@ -927,7 +927,7 @@ def test_pairs_lose_and_overwrite_nothing(tmp_path):
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     pairs(tmp_path, [row])
     before = (tmp_path / "pairs.jsonl").read_bytes()
-    with pytest.raises(UserError, match="pairs.jsonl already exists; nothing is overwritten"):
+    with pytest.raises(UserError, match="pairs.jsonl already exists; choose another name"):
         pairs(tmp_path, [row])
     assert (tmp_path / "pairs.jsonl").read_bytes() == before
     (tmp_path / "pairs.jsonl").unlink()
