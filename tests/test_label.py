@@ -808,7 +808,7 @@ def test_a_judge_labels_and_train_rm_trains_on_it_unchanged(tmp_path, models, ca
     from tools import score
     score.main(Namespace(file=folder / TRAIN, rm=models / "rm.pt", out=None, batch_tokens=999, device="cpu",
                          skip_bad=False))
-    assert f"accuracy 100.0% +- 0.0% (95%) on {len(scores)} pairs" in capsys.readouterr().out
+    assert f"accuracy 100.0% +- 6.6% (95%) on {len(scores)} pairs" in capsys.readouterr().out
     train_rm.main(train_rm.Config(data=str(folder), out=str(tmp_path / "out"), sft=str(models / "sft0.pt"),
                                   epochs=1.0, device="cpu"))
     out = capsys.readouterr().out
