@@ -107,7 +107,8 @@ def test_the_whole_of_a_sorted_file_is_looked_at():
     ([1.0] * 60 + [-1.0] * 40, [2.0] * 850 + [-0.1] * 150, "noisy labels"),
     ([1.0] * 80 + [-1.0] * 20, [2.0] * 29 + [-0.1] * 3, []),  # of 32 pairs nothing can be said
     ([1.0] * 55 + [-1.0] * 45, [-1.0] * 2, []),
-    ([1.0] * 99 + [-1.0], [2.0] * 70 + [-0.1] * 30, "overfit"),
+    ([1.0] * 99 + [-1.0], [2.0] * 70 + [-3.0] * 30, "overfit"),
+    ([1.0] * 99 + [-1.0], [2.0] * 70 + [-0.1] * 30, []),  # but what it says is worth something
     ([1.0] * 68 + [-1.0] * 32, [1.0, 1.0, -1.0] * 100, "noisy labels"),
     ([1.0] * 50 + [-1.0] * 50, [1.0, -1.0] * 150, "it has learned nothing")])
 def test_accuracies(own, gap, expected):
