@@ -60,8 +60,8 @@ def add_choices(pairs, folder):
     there, dropped = {name: read_ranked(folder / name) for name in (TRAIN, VAL)}, Dropped()
     asked = read_prompts(folder / PROMPTS) if (folder / PROMPTS).exists() else []
     asked += [prompt for some in there.values() for prompt, *_ in some]
-    spelled = {prompt.strip(): prompt for prompt in asked}
-    pairs = [(spelled.get(prompt.strip(), prompt), *texts) for prompt, *texts in pairs]
+    spelled = {prompt.strip(): prompt for prompt in asked} | {prompt: prompt for prompt in asked}
+    pairs = [(spelled.get(prompt) or spelled.get(prompt.strip(), prompt), *texts) for prompt, *texts in pairs]
     side = {prompt: name for name, some in there.items() for prompt, *_ in some}
     fresh = dict.fromkeys(prompt for prompt, *_ in pairs if prompt not in side)
     side |= {prompt: VAL if i % 10 == 9 else TRAIN for i, prompt in enumerate(fresh)}

@@ -212,6 +212,7 @@ def _demonstration(row):
 
 
 def _responses(added, row):
+    """(line, prompt, responses, ranks) of `read_responses`."""
     if "response" in row:
         if twice := {"chosen", "responses", "completion"} & row.keys():
             raise UserError(f'give "response" or "{min(twice)}", not both')

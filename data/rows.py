@@ -53,7 +53,7 @@ def find_columns(names, given, path):
              for role, known in NAMES.items()} | given
     kind = next((kind for kind in KINDS if all(found[role] for role in kind)
                  and given.keys() <= {"prompt", *kind}), None)
-    if found["a"] and found["b"] and kind not in KINDS[:2] and not given:
+    if found["a"] and found["b"] and kind not in KINDS[:2] and given.keys() <= {"prompt"}:
         raise UserError(f"{path} has {listed(found['a'] + found['b'])}, and no column that says which is "
                         "better: name it with --choice-column; one to learn from, with --response-column")
     if not kind:

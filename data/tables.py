@@ -150,6 +150,7 @@ def _csv(path, text, suffix):
 
 
 def _fits(cells, names):
+    """Whether there is a cell for each name, and nothing beyond them."""
     return len(cells) >= len(names) and not any(cell.strip() for cell in cells[len(names):])
 
 

@@ -371,9 +371,9 @@ def print_table(before, chosen, after, world, show):
     print()
 
 
-FEW_END = 0.05
-NONE_ENDS = ("hardly any response ends, and the others have --no-eos-score. Raise --max-new-tokens, or train "
-             "the SFT model longer")
+FEW_END = 0.05  # share of responses
+NONE_ENDS = ("hardly any response ends, so nearly all of them get --no-eos-score. Raise --max-new-tokens, or "
+             "train the SFT model longer")
 
 
 def beside_best_of(chosen, after):
@@ -381,11 +381,10 @@ def beside_best_of(chosen, after):
     lead = {name: after[name] - chosen[name] for name in ("score", "gold") if name in after}
     other = "the best of 4 samples of the SFT model"
     by = ", ".join(f"{name} {x:+.3f}" for name, x in lead.items())
-    if after["eos"] < FEW_END or lead["score"] == 0:
-        return (f"warning: PPO is not ahead of {other} ({by}), as "
-                + (NONE_ENDS if after["eos"] < FEW_END else "all scores are alike"))
     if lead["score"] <= 0:
-        return f"warning: PPO is not ahead of {other} ({by}): raise --updates or --kl-budget"
+        why = (NONE_ENDS if after["eos"] < FEW_END else "all scores are alike" if lead["score"] == 0 else
+               "raise --updates or --kl-budget")
+        return f"warning: PPO is not ahead of {other} ({by}): {why}"
     if lead.get("gold", 1) <= 0:
         return (f"warning: PPO is ahead of {other} by score, but not in truth ({by}): raise --kl-coef, or "
                 "improve the reward model")

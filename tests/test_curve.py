@@ -297,8 +297,9 @@ def test_sentences_beside_a_baseline(lead, idle, said):
 @pytest.mark.parametrize("after, said", [
     ({"score": 2.0}, "PPO is ahead of the best of 4 samples of the SFT model: score +1.000"),
     ({"score": 2.0, "gold": 0.9}, "gold +0.400"), ({"score": 0.5}, "warning: PPO is not ahead"),
-    ({"score": 2.0, "gold": 0.4}, "by score, but not in truth"), ({"score": 1.0}, "as all scores are alike"),
-    ({"score": 0.9, "eos": 0.01}, "as hardly any response ends")])
+    ({"score": 2.0, "gold": 0.4}, "by score, but not in truth"), ({"score": 1.0}, ": all scores are alike"),
+    ({"score": 0.9, "eos": 0.01}, ": hardly any response ends"),
+    ({"score": 2.0, "eos": 0.01}, "PPO is ahead of the best")])
 def test_sentences_beside_the_best_of_four(after, said):
     assert said in beside_best_of({"score": 1.0, "gold": 0.5}, {"eos": 1.0} | after)
 

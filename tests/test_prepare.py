@@ -258,6 +258,11 @@ def test_of_many_bad_texts_none_is_a_demonstration(folder, capsys):
     assert all(label[line["prompt"] + line["completion"]] for line in made["sft.jsonl"])
 
 
+def test_two_responses_need_a_choice_also_where_the_prompt_is_named(folder, capsys):
+    (folder / "r.csv").write_text("asked,response_a,response_b\np,a,b\n")
+    assert "no column that says which is better" in fails(capsys, "r.csv", "--prompt-column", "asked")
+
+
 def test_what_may_be_a_rating_is_named(folder, capsys):
     table("r.csv", ("prompt", "response", "upvotes"), [(f"q {i}", f"a {i}", i) for i in range(60)])
     run("r.csv", "--val", 0.2)

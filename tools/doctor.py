@@ -30,7 +30,12 @@ TITLES = {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}
 def examine(out, given, logs, device):
     """Yields (stage, Finding), in order. given: a folder of data, or None: the one of each stage."""
     new = max(getattr(log.config, "max_new_tokens", None) or 0 for log in logs.values())
-    read = cache(lambda where, *flags: (open_data(where)[1], *files.read_data(open_data(where)[0], *flags)))
+
+    @cache
+    def read(where, *flags):  # once, where several stages have the same
+        folder, world = open_data(where)
+        return world, *files.read_data(folder, *flags)
+
     for stage, name in files.NAMES.items():
         if stage in logs:
             cfg = logs[stage].config

@@ -160,8 +160,8 @@ def settings(cfg, rule, known):
 
 
 def accuracies(own, gap, texts, scale=1.0):
-    """own, gap: better - worse of training and of held-out pairs; the latter are of so many texts. scale: by
-    it the scores were divided after the training."""
+    """own (M,), gap (N,): better - worse of training and of held-out pairs; the latter are of so many texts.
+    scale: by it the scores were divided after the training."""
     right, known = accuracy(gap).mean().item(), accuracy(own).mean().item()
     half, most = half_width(right, len(gap), texts), wilson(right, min(len(gap), texts))[1]
     noise = max(LIMITS["noisier"], 1.5 * half)
