@@ -896,6 +896,39 @@ def test_label_studio_json(tmp_path):
             read_choices(tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize("there", ["Write:\n", "\n\nHuman: Hi\n\nAssistant:", "Write:"])
+def test_an_import_keeps_the_blanks_of_a_prompt_that_is_there(tmp_path, there):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    jsonl(folder / VAL, [{"prompt": there, "chosen": " x", "rejected": " y"}])
+    (tmp_path / "t.json").write_text(json.dumps([
+        {"prompt": there.strip(), "a": a, "b": b, "choice": "a"} for a, b in (("x", "y"), ("u", "v"))]))
+    label.main(arguments(folder, table=tmp_path / "t.json"))
+    assert not (folder / TRAIN).exists()
+    assert [(row["prompt"], row["chosen"]) for row in lines(folder / VAL)] == [(there, " x"), (there, " u")]
+
+
+def test_line_ends_that_were_changed_add_no_label_again(tmp_path):
+    folder = folder_of(tmp_path, 3)
+    press(session_of(folder), "1")
+    (folder / TRAIN).write_bytes(before := (folder / TRAIN).read_bytes().replace(b"\n", b"\r\n"))
+    session_of(folder)
+    assert (folder / TRAIN).read_bytes() == before
+
+
+def test_a_label_studio_tag_that_names_neither_text(tmp_path):
+    for names, fine in ((("answer2", "answer1"), True), (("alt", "main"), False)):
+        result = {"type": "pairwise", "to_name": "left,right", "value": {"selected": "left"}}
+        task = {"data": {"prompt": "p", names[0]: "second", names[1]: "first"},
+                "annotations": [{"result": [result]}]}
+        (tmp_path / "ls.json").write_text(json.dumps([task]))
+        if fine:
+            assert [*read_choices(tmp_path / "ls.json")] == [("p", " first", " second")]
+        else:
+            with pytest.raises(UserError, match="alike but for a last 1 and 2"):
+                read_choices(tmp_path / "ls.json")
+
+
 def test_a_csv_is_added_once_and_each_prompt_stays_on_its_side(tmp_path, capsys):
     folder = folder_of(tmp_path, 3)
     press(session_of(folder), "1")
