@@ -294,6 +294,12 @@ def test_sentences_beside_a_baseline(lead, idle, said):
     assert said in sentence and ("warning" in sentence) == (lead < 0)
 
 
+def test_behind_by_less_than_the_interval_has_no_cause():
+    made = SimpleNamespace(idle=0, by_heart=False)
+    assert compare(-3.0, "points", "it", made, 5.0).endswith("is behind it by 3 points, which may be chance")
+    assert "warning" in compare(-6.0, "points", "it", made, 5.0)
+
+
 @pytest.mark.parametrize("after, said", [
     ({"score": 2.0}, "PPO is ahead of the best of 4 samples of the SFT model: score +1.000"),
     ({"score": 2.0, "gold": 0.9}, "gold +0.400"), ({"score": 0.5}, "warning: PPO is not ahead"),

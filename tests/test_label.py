@@ -896,7 +896,8 @@ def test_label_studio_json(tmp_path):
             read_choices(tmp_path / "bad.json")
 
 
-@pytest.mark.parametrize("there", ["Write:\n", "\n\nHuman: Hi\n\nAssistant:", "Write:"])
+@pytest.mark.parametrize("there", ["Write:\n", "\n\nHuman: Hi\n\nAssistant:", "Human: Hi\n\nAssistant:",
+                                   "Write:"])
 def test_an_import_keeps_the_blanks_of_a_prompt_that_is_there(tmp_path, there):
     folder = tmp_path / "mine"
     folder.mkdir()
