@@ -367,6 +367,19 @@ def test_rows_are_dealt_out_once_and_evenly(monkeypatch, count):
     assert max(loads) - min(loads) <= max(tokens)
 
 
+@pytest.mark.parametrize("local, gpus, chosen", [
+    (None, 8, []), ("0", 8, []), ("3", 8, [3]), ("3", 2, []), ("3", 0, [])])
+def test_each_process_takes_its_own_gpu_first(monkeypatch, local, gpus, chosen):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    ranks.own_gpu()
+    assert taken == chosen
+
+
 def test_a_parameter_without_a_gradient_anywhere_keeps_none(monkeypatch):
     """AdamW would otherwise let the weight decay shrink what no text has used."""
     monkeypatch.setattr(ranks, "COUNT", 2)
