@@ -167,6 +167,14 @@ def test_a_reward_model_that_reads_text_is_healthy():
     assert causes(models.rm_findings(Reader(share))) == []
 
 
+def test_scores_that_were_divided_after_the_training_have_the_same_loss():
+    plain, scaled = Reader(len), Reader(lambda text: len(text) / 8)
+    scaled.rm.scale = torch.tensor(8.0)
+    one, other = ([f.text for f in models.rm_findings(case) if f.text.startswith("loss")]
+                  for case in (plain, scaled))
+    assert one == other and len(one) == 1
+
+
 def test_one_that_reads_the_length_only():
     assert "it reads the length only" in causes(models.rm_findings(Reader(len)))
 
