@@ -1,6 +1,7 @@
 """tools.doctor: each illness has its cause, a healthy case none; the first one is the verdict."""
 import math
 import random
+import re
 import subprocess
 import sys
 from statistics import fmean
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BYTES, CPU, PPO, ROOT, SIZES, jsonl, make_data, tiny_gpt
+from helpers import BYTES, CPU, PPO, ROOT, SIZES, jsonl, lines, make_data, tiny_gpt
 
 import ppo
 import train_rm
@@ -431,10 +432,10 @@ def test_a_whole_run_and_a_part_of_one(tmp_path):
     train_sft.main(config(train_sft, tmp_path, **SIZES | {
         "data": str(tmp_path / "other"), "tokenizer": "", "vocab_size": 300}))
     done = run("--out", out)  # of each stage the data that it was trained on
-    assert "sft.jsonl: 80 " in done.stdout.replace("different texts of ", "") or "of 80," in done.stdout
+    ranked = sum(len(row["responses"]) for row in lines(tmp_path / "data/preferences.jsonl"))
+    assert re.findall(r"(\w+)\.jsonl: .* texts of (\d+),", done.stdout) == [
+        ("sft", "80"), ("preferences", str(ranked))]
     assert "rm.pt was trained with another tokenizer" in done.stdout and "Traceback" not in done.stderr
-    assert [line.split()[1] for line in done.stdout.splitlines() if ".jsonl: " in line] == [
-        "sft.jsonl:", "preferences.jsonl:"]
     (out / "rm.pt").write_bytes(b"junk")
     (out / "ppo.samples.jsonl").write_text('{"prompt": "x", "resp')
     done = run("--out", out)
