@@ -59,19 +59,26 @@ def start_sft(cfg, train, val, folder):
         sizes = {name: getattr(cfg, name) for name in names} | sizes
         with sizes_only():
             gpt = new_gpt(GPTConfig(**sizes | {"dropout": 0.0}))
-    parameters, width = sum(p.numel() for p in gpt.parameters()), gpt.config.d_model
-    made = rules.sft(tokens, parameters, width, cfg.init, cfg.epochs)
+    made, why = by_rule(train, tokens, gpt, cfg)
     if not cfg.init:
         made = {"block_size": sizes["block_size"]} | made
         if not cfg.tokenizer:
             made = {"vocab_size": tokenizer.vocab_size} | made
-    cfg = fill(cfg, f"{tokens} tokens for {parameters} parameters of width {width}", **made)
+    cfg = fill(cfg, why, **made)
     check_pairs(cfg)
     if not cfg.init:
         gpt = new_gpt(GPTConfig(**sizes | {"dropout": cfg.dropout}))
     chat = derived(train, "chat", lambda: np.array([fmean(prompt.endswith(ANSWER) for prompt, _ in train)]))
     gpt.chat = chat.item()  # sample.py asks
     return gpt, tokenizer, cfg
+
+
+def by_rule(train, tokens, gpt, cfg):
+    """{flag: value} for a network and demonstrations of so many tokens, and why."""
+    parameters, width = sum(p.numel() for p in gpt.parameters()), gpt.config.d_model
+    density = rules.density(map("".join, spread(train)))
+    return (rules.sft(tokens, parameters, width, density, cfg.init, cfg.epochs),
+            f"{tokens} tokens, compressed to {density:.0%}, for {parameters} parameters of width {width}")
 
 
 def trained(train, vocab_size):

@@ -1,5 +1,7 @@
 """What a flag is when nobody gives it: the rules, and that all scripts go through them."""
+import itertools
 import math
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ from helpers import BYTES, SIZES, jsonl, make_data
 
 import train_rm
 import train_sft
-from data import prepare, rules
+from data import prepare, rules, stories
 from data.examples import Ranking, standardise
 from data.files import UserError
 from data.records import read_sft
@@ -22,7 +24,9 @@ from lib.start import fill, fit_responses, start_rm, start_sft
 
 def test_the_stories_get_what_their_results_were_made_with():
     """Another rule would ask for other tables in docs/results.md."""
-    assert rules.sft(389_301, 929_024, 128, "") == {
+    lines = dict(itertools.islice(stories._data_set(random.Random(0)), 1))["sft"]
+    density = rules.density(line["prompt"] + line["completion"] for line in itertools.islice(lines, 2000))
+    assert rules.sft(389_301, 929_024, 128, density, "") == {
         "epochs": 3.0, "dropout": 0.0, "batch_tokens": 2048, "lr": 4e-3}
     assert rules.rm(4_841_916, 4_500_000, 128) == {
         "pool": "last", "epochs": 1.0, "dropout": 0.0, "batch_tokens": 1792, "lr": 5e-4}
@@ -32,25 +36,47 @@ def test_the_stories_get_what_their_results_were_made_with():
 
 
 def test_less_data_is_read_more_often_with_dropout_and_a_lower_rate():
-    much, few = (rules.sft(tokens, 2_000_000, 128, "") for tokens in (2_000_000, 200_000))
-    assert much["epochs"] < few["epochs"] and much["dropout"] == 0 < few["dropout"]
-    assert few["lr"] < much["lr"]
+    much, few = (rules.sft(tokens, 2_000_000, 128, 0.4, "") for tokens in (2_000_000, 200_000))
+    assert (much["epochs"], much["dropout"], much["lr"]) == (3, 0, 4e-3)
+    assert (few["epochs"], few["dropout"], few["lr"]) == (16, 0.3, 2e-3)
     much, few = rules.rm(10**7, 10**7, 128), rules.rm(200_000, 200_000, 128)
-    assert (much["pool"], few["pool"]) == ("last", "mean") and much["dropout"] == 0 < few["dropout"]
+    assert (much["pool"], few["pool"]) == ("last", "mean")
+    assert (much["dropout"], few["dropout"], much["lr"], few["lr"]) == (0, 0.3, 5e-4, 1e-3)
     assert few["epochs"] == 8 and rules.rm(1_500_000, 250_000, 128)["epochs"] == 1  # a text is seen 6 times
     assert rules.rm(3_000, 3_000, 128)["epochs"] == 24
 
 
+def test_a_few_more_texts_change_little():
+    """A run that is shorter the more data there is would be worse the more data there is."""
+    many = [int(10**5 * 1.05**k) for k in range(100)]  # to 12 million
+    for rule, most in ((lambda n: rules.sft(n, 1_870_000, 128, 0.4, ""), 1.35),
+                       (lambda n: rules.rm(n, n, 128), 2)):
+        runs = [rule(n) for n in many]
+        read = [n * run["epochs"] for n, run in zip(many, runs, strict=True)]
+        for (was, before), (now, after) in itertools.pairwise(zip(read, runs, strict=True)):
+            assert was < most * now and abs(before["dropout"] - after["dropout"]) <= 0.061
+            assert 0.85 < before["lr"] / after["lr"] < 1.2
+
+
+def test_texts_that_are_alike_are_read_less_often():
+    alike = [f"the {x} dog sat down by the old red barn and ate" for x in range(300)]
+    rng = random.Random(0)
+    varied = ["".join(rng.choices("abcdefgh ", k=60)) for _ in range(300)]
+    epochs = [rules.sft(400_000, 10**6, 128, rules.density(some), "")["epochs"] for some in (alike, varied)]
+    assert epochs == [3, 6]
+    assert rules.density([]) > 0 and rules.density(["x" * 10**6]) < 0.1  # of beginnings
+
+
 def test_rates_fall_with_the_width():
-    rates = [rules.sft(10**7, 10**6, width, "")["lr"] for width in (128, 256, 768)]
+    rates = [rules.sft(10**7, 10**6, width, 0.4, "")["lr"] for width in (128, 256, 768)]
     assert rates == pytest.approx([4e-3, 2e-3, 4e-3 / 6], rel=0.02)
-    trained = rules.sft(10**7, 124 * 10**6, 768, "gpt2.pt")
+    trained = rules.sft(10**7, 124 * 10**6, 768, 0.4, "gpt2.pt")
     assert 0.9e-4 < trained["lr"] < 1.3e-4 and trained["epochs"] == 1 and trained["dropout"] == 0
     assert 1e-5 < rules.rm(10**8, 10**8, 768)["lr"] < 2e-5
 
 
 def test_batches_grow_with_the_data():
-    for rule in (lambda n: rules.sft(n, 10**6, 128, ""), lambda n: rules.rm(n, n, 128)):
+    for rule in (lambda n: rules.sft(n, 10**6, 128, 0.4, ""), lambda n: rules.rm(n, n, 128)):
         sizes = [rule(n)["batch_tokens"] for n in (10**3, 10**4, 10**6, 10**7, 10**9)]
         assert sizes == sorted(sizes) and sizes[0] == 256 and sizes[2] <= 5000 and sizes[-1] == 16_384
         few = rule(10**4)
@@ -81,7 +107,7 @@ def test_what_is_given_stays_and_what_is_not_is_printed_with_its_reason(capsys):
 
 def test_start_fills_in_every_flag(tmp_path, capsys):
     make_data(tmp_path / "data")
-    examples = [("p", "some words to learn " * 3)] * 40
+    examples = [("p", f"some {i * i} words {i ^ 77} to {i * 99} learn") for i in range(9, 49)]
     sizes = {"n_layer": 1, "n_head": 2, "d_model": 16}
     gpt, tokenizer, cfg = start_sft(train_sft.Config(**sizes), examples, examples, tmp_path)
     assert None not in vars(cfg).values()
@@ -228,12 +254,12 @@ def test_epochs_that_are_given_reach_the_rules(tmp_path, monkeypatch):
 
 
 def test_epochs_that_are_given_set_the_size_of_a_batch():
-    assert rules.sft(100_000, 10**6, 128, "", 1.0)["batch_tokens"] == 100_000 // 300
+    assert rules.sft(100_000, 10**6, 128, 0.4, "", 1.0)["batch_tokens"] == 100_000 // 300
     assert rules.rm(100_000, 100_000, 128, 3.0)["batch_tokens"] == 300_000 // 300
 
 
 def test_narrow_networks_get_no_faster_rates():
-    narrow, usual = ((rules.sft(10**7, 10**6, w, ""), rules.rm(10**7, 10**7, w)) for w in (8, 128))
+    narrow, usual = ((rules.sft(10**7, 10**6, w, 0.4, ""), rules.rm(10**7, 10**7, w)) for w in (8, 128))
     assert narrow == usual
 
 
