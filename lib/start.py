@@ -50,10 +50,10 @@ def start_sft(cfg, train, val, folder):
         tokenizer = trained(train, cfg.vocab_size)
 
     lengths = [whole(tokenizer, *example) for example in spread(train)]
-    tokens = sum(lengths) * len(train) // len(lengths)
     later = ranked_texts(folder, cfg.skip_bad) if cfg.block_size is None else []  # the reward model's
     others = ([whole(tokenizer, *example) for example in some] for some in (spread(val), later))
     block_size = cfg.block_size or rules.block_size(lengths, *others)
+    tokens = sum(min(n, block_size) for n in lengths) * len(train) // len(lengths)
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": block_size}
     if not cfg.init:
         sizes = {name: getattr(cfg, name) for name in names} | sizes
@@ -76,7 +76,7 @@ def start_sft(cfg, train, val, folder):
 def by_rule(train, tokens, gpt, cfg):
     """{flag: value} for a network and demonstrations of so many tokens, and why."""
     parameters, width = sum(p.numel() for p in gpt.parameters()), gpt.config.d_model
-    density = rules.density(map("".join, spread(train)))
+    density = rules.density(spread(train))
     return (rules.sft(tokens, parameters, width, density, cfg.init, cfg.epochs),
             f"{tokens} tokens, compressed to {density:.0%}, for {parameters} parameters of width {width}")
 
