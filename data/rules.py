@@ -9,7 +9,7 @@ import zlib
 
 WIDTH = 128  # of the network that the rates were found with
 STEPS = 300  # in a run, at least
-MUCH = 4_500_000  # tokens of ranked texts; with fewer the reward model reads a response more than once
+MUCH = 1_500_000  # tokens of ranked texts; with fewer the reward model reads a response more than once
 
 
 def vocab_size(texts):
@@ -50,7 +50,7 @@ def sft(tokens, parameters, width, density, init, epochs=None):
 def rm(tokens, different, width, epochs=None):
     """Of train_rm.py: `tokens` of ranked texts, of which `different` are those of different texts; epochs: as
     given."""
-    passes = min(24, max(min(6, MUCH / different), MUCH / 3 / different, 1))  # of a response
+    passes = min(24, max(MUCH, tokens) / different)  # of a response, that may be in several rankings
     few = min(1, (round(passes) - 1) / 5)  # from 0 to 1
     epochs = epochs or max(1, round(passes * different / tokens))
     rate = 5e-4 * (1 + few) * min(1, WIDTH / width) ** 2

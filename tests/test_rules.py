@@ -53,13 +53,15 @@ def test_between_few_and_much():
     for given in (None, 1.0):
         sft = rules.sft(500_000, 2_000_000, 128, 0.4, "", given)
         assert (sft["epochs"], sft["dropout"], sft["lr"]) == (given or 10, 0.16, 2.9e-3)
-        rm = rules.rm(1_500_000, 1_500_000, 128, given)
+        rm = rules.rm(500_000, 500_000, 128, given)
         assert (rm["epochs"], rm["dropout"], rm["lr"], rm["pool"]) == (given or 3, 0.12, 7e-4, "mean")
     assert rules.sft(500_000, 2_000_000, 128, 0.2, "")["epochs"] == 8
-    for tokens in (750_000, 300_000):
-        six = rules.rm(tokens, tokens, 128)
-        assert (six["epochs"], six["dropout"], six["lr"]) == (6, 0.3, 1e-3)
-    once = rules.rm(3_500_000, 3_500_000, 128)
+    for times in (6, 20):
+        often = rules.rm(1_500_000 // times, 1_500_000 // times, 128)
+        assert (often["epochs"], often["dropout"], often["lr"]) == (times, 0.3, 1e-3)
+    shared = rules.rm(12_000_000, 2_000_000, 128)  # each response is in six rankings
+    assert (shared["epochs"], shared["dropout"]) == (1, 0.3)
+    once = rules.rm(1_100_000, 1_100_000, 128)
     assert (once["pool"], once["epochs"], once["dropout"], once["lr"]) == ("last", 1, 0, 5e-4)
 
 
