@@ -59,7 +59,7 @@ def start_sft(cfg, train, val, folder):
         sizes = {name: getattr(cfg, name) for name in names} | sizes
         with sizes_only():
             gpt = new_gpt(GPTConfig(**sizes | {"dropout": 0.0}))
-    made, why = by_rule(train, tokens, gpt, cfg)
+    made, why = sft_by_rule(train, tokens, gpt, cfg)
     if not cfg.init:
         made = {"block_size": sizes["block_size"]} | made
         if not cfg.tokenizer:
@@ -73,8 +73,8 @@ def start_sft(cfg, train, val, folder):
     return gpt, tokenizer, cfg
 
 
-def by_rule(train, tokens, gpt, cfg):
-    """{flag: value} for a network and demonstrations of so many tokens, and why."""
+def sft_by_rule(train, tokens, gpt, cfg):
+    """({flag: value}, why): rules.sft for this network and these demonstrations, of so many tokens."""
     parameters, width = sum(p.numel() for p in gpt.parameters()), gpt.config.d_model
     density = rules.density(spread(train))
     return (rules.sft(tokens, parameters, width, density, cfg.init, cfg.epochs),

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SAME = "--epochs 3 --dropout 0 --lr 0.004"  # by rule for the unpatched network; a larger one would get more
 SMALL = {"train_sft": "--epochs 0.5", "train_rm": "--epochs 0.15", "ppo": "--updates 10"}
 FILES = {"train_sft": "sft", "train_rm": "rm", "ppo": "ppo"}
 AFTER = {"llama_hf"}  # no other network than the patch it follows
@@ -113,6 +114,8 @@ def main():
                  for script in FILES}
         if "lora" in name.split("+"):  # there is nothing to adapt otherwise
             flags["train_sft"] += ["--init", "../none/out/sft.pt"]
+        else:
+            flags["train_sft"] = SAME.split() + flags["train_sft"]
         print(f"{name}: {folder}", flush=True)
         run_stages(folder, flags, args.until)
     print_table(work)

@@ -20,7 +20,7 @@ from lib import threads
 from lib.checkpoint import load
 from lib.flags import check_pairs, flags
 from lib.rewards import score_rows
-from lib.start import by_rule, fill, fit_responses, start_rm, start_sft
+from lib.start import fill, fit_responses, sft_by_rule, start_rm, start_sft
 
 
 def test_the_stories_get_what_their_results_were_made_with():
@@ -85,7 +85,7 @@ def test_texts_that_are_alike_are_read_less_often():
 
     def epochs(prompts, completions, init=""):
         train = [*zip(prompts, completions, strict=True)]  # every second is looked at
-        made, why = by_rule(train, 400_000, gpt, train_sft.Config(init=init))
+        made, why = sft_by_rule(train, 400_000, gpt, train_sft.Config(init=init))
         assert f"compressed to {rules.density(train[::2]):.0%}, for 1000000" in why
         return made["epochs"]
 

@@ -11,7 +11,7 @@ from lib.baselines import ngram_losses
 from lib.generate import generate
 from lib.report import accuracy, calibration_error, distinct_2, half_width, held_out_pairs, wilson
 from lib.rewards import score_rows
-from lib.start import by_rule, ranked_tokens
+from lib.start import ranked_tokens, sft_by_rule
 from model import GPT, RewardModel
 from tools import doctor_files as files
 from tools.doctor_files import LIMITS, Finding, sample
@@ -113,7 +113,7 @@ def learned(case, rows, held, log, loss):
         known = encode_demonstrations(train, case.tokenizer, gpt.config.block_size, "sft.jsonl")
         bigram = ngram_losses(known, held, gpt.config.vocab_size)[1]
     cfg, tokens = log.config, sum(len(row) for row, _ in rows) * len(train) // len(rows)
-    rate = by_rule(train, tokens, gpt, cfg)[0]["lr"]
+    rate = sft_by_rule(train, tokens, gpt, cfg)[0]["lr"]
     behind, off = loss > bigram + LIMITS["behind"], cfg.lr / rate
     yield Finding(f"counts of token pairs have a loss of {bigram:.3f}; --lr {cfg.lr:.2g}, by rule {rate:.2g}",
                   behind and max(off, 1 / off) > LIMITS["rate"], *RATES[off > 1])
