@@ -81,6 +81,11 @@ def score_groups(rm, groups, cfg, device):
     return scores
 
 
+def count_texts(groups):
+    """How many different responses to their prompts the groups rank."""
+    return len({(group.texts[0], text) for group in groups for text in group.texts[1]})
+
+
 def half_width(accuracy, pairs, texts):
     """Of its 95% interval (Wilson's, the longer side). Pairs of the same texts are not independent: no more
     are counted than texts."""
@@ -108,7 +113,7 @@ def report_pairs(rm, groups, world, cfg, device):
               "longer_wins": accuracy(longer).mean().item(),
               "ceiling": best.mean().item() if world else None,
               "calibration_error": calibration_error(gap)}
-    texts = len({(group.texts[0], text) for group in groups for text in group.texts[1]})
+    texts = count_texts(groups)
     half = half_width(result["accuracy"], len(gap), texts)
     print(f"held-out pairs: accuracy {result['accuracy']:.1%} +- {half:.1%} (95%) on {len(gap)} of {texts} "
           "texts" + (f", ceiling {result['ceiling']:.1%}" if world else "")
@@ -138,7 +143,7 @@ def report_words(right, groups, val_groups, curve):
     linear = Linear(groups)
     scores = torch.tensor([linear.score(text) for group in val_groups for text in group.texts[1]])
     gap = held_out_pairs(val_groups, scores, None)[0]
-    other, chance = accuracy(gap).mean().item(), half_width(right, len(gap), len(scores))
+    other, chance = accuracy(gap).mean().item(), half_width(right, len(gap), count_texts(val_groups))
     print(f"beside it: ridge regression on which words occur in a response has {other:.1%}: "
           + compare(100 * (right - other), "points", "it", curve, 100 * chance))
     return {"ridge_accuracy": other}

@@ -5,6 +5,7 @@ Ids (R10, ...): docs/method.md.
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from data.files import UserError
 from lib.checkpoint import load, save
 from lib.common import to_host
 from lib.generate import generate
-from lib.report import accuracy, calibration_error, half_width, report_pairs
+from lib.report import accuracy, calibration_error, count_texts, half_width, report_pairs, report_words
 from lib.rewards import score_rows
 from model import GPT, Block, RewardModel, Trunk
 from train_rm import Config, ranking_loss
@@ -132,6 +133,17 @@ def test_half_width_counts_no_more_pairs_than_texts():
     assert half_width(0.5, 400, 1000) == pytest.approx(1.96 * 0.5 / 20, rel=0.01)
     assert half_width(0.5, 40_000, 100) == pytest.approx(1.96 * 0.5 / 10, rel=0.03)
     assert half_width(1.0, 2, 4) == pytest.approx(0.658, abs=1e-3)  # by the formula for many it would be 0
+
+
+def test_the_interval_beside_ridge_regression_counts_each_text_once(capsys):
+    """Lists from ratings hold the same texts again and again."""
+    texts = ("a good one", "a bad one", "good", "bad")
+    pairs = [(good, bad) for good in texts[::2] for bad in texts[1::2]]
+    groups = [Ranking([], [[1], [2]], [0, 1], ("", pair), None) for pair in pairs * 500]
+    curve = SimpleNamespace(idle=0, by_heart=False)
+    assert count_texts(groups) == 4
+    assert report_words(0.8, groups, groups, curve) == {"ridge_accuracy": 1.0}
+    assert "behind it by 20 points, which may be chance" in capsys.readouterr().out
 
 
 def test_sizes_are_the_longest_text_of_a_prompt_and_their_number():

@@ -9,7 +9,15 @@ from data import rules
 from data.examples import encode_demonstrations, encode_prompts, encode_rankings, pad
 from lib.baselines import ngram_losses
 from lib.generate import generate
-from lib.report import accuracy, calibration_error, distinct_2, half_width, held_out_pairs, wilson
+from lib.report import (
+    accuracy,
+    calibration_error,
+    count_texts,
+    distinct_2,
+    half_width,
+    held_out_pairs,
+    wilson,
+)
 from lib.rewards import score_rows
 from lib.start import ranked_tokens, sft_by_rule
 from model import GPT, RewardModel
@@ -132,7 +140,7 @@ def rm_findings(case, log=None):
     if log and log.config.lr and log.config.epochs:
         yield settings(log.config, rules.rm(*ranked_tokens(train, case.tokenizer), case.rm.config.d_model),
                        accuracy(own).mean().item())
-    yield from accuracies(own, gap, len(scores), float(case.rm.scale))
+    yield from accuracies(own, gap, count_texts(held), float(case.rm.scale))
     lengths = torch.tensor([float(len(row)) for group in held for row in group.rows])
     along = torch.corrcoef(torch.stack([scores, lengths]))[0, 1].nan_to_num().item()
     yield Finding(f"correlation of score and length {along:+.2f}", abs(along) > LIMITS["length"],
