@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from data.bpe_dropout import splitter
 from data.examples import encode_prompts, encode_rankings, open_data, pad, prompt_room, row_sizes, standardise
 from data.files import UserError
 from data.records import read_prompts
@@ -43,7 +44,7 @@ class Config(Shared):
     out: str = "out"  # folder with sft.pt, and for the results
     sft: str = ""  # the SFT model to start from, instead of sft.pt in --out
     # reward model
-    pool: str = None  # where the text is read: "last" token, "mean", "max" or an appended "token"
+    pool: str = "last"  # where the text is read: the "last" token, "mean", "max" or an appended "token"
     max_new_tokens: int = None  # longest of the samples that scores are normalised on; as for ppo.py
     wide_gap: float = 0.0  # if > 0, report also on pairs whose "gold" differs by more than this
     # training
@@ -51,7 +52,8 @@ class Config(Shared):
     batch_tokens: int = None  # tokens in an optimizer step, padding included
     micro_batch: int = 16384  # tokens in a forward pass; without dropout it changes no result
     lr: float = bounded(None, 0)  # peak of the learning rate
-    dropout: float = bounded(None, 0, 0.99)  # rate while the reward model is trained
+    dropout: float = bounded(0.0, 0, 0.99)  # rate while the reward model is trained
+    bpe_dropout: float = bounded(None, 0, 0.99)  # share of tokens that are split in two, others in each step
     keep: str = "best"  # which weights are saved: the "best" on held-out data, or the "last"
 
 
@@ -126,8 +128,7 @@ def normalise(rm, gpt, groups, prompts, tokenizer, cfg, device):
     except ValueError as error:  # no reason to lose the training
         print(f"not normalised: {error}")
         return
-    print(f"normalised on {len(rows)} {name}: raw mean {scores.mean():.3f}, "
-          f"sd {scores.std():.3f} -> 0, 1")
+    print(f"normalised on {len(rows)} {name}: raw mean {scores.mean():.3f}, sd {scores.std():.3f} -> 0, 1")
 
 
 def main(cfg):
@@ -152,9 +153,8 @@ def main(cfg):
     texts = read_training(read_prompts, file, cfg) if file.exists() else [x[0] for x in train[:512]]
     prompts = encode_prompts(texts[:512], tokenizer, prompt_room(rm.room, cfg.max_new_tokens), file.name)
 
-    optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
-    plan = {**sizes(groups), "budget": cfg.batch_tokens}
+    optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    plan, split = {**sizes(groups), "budget": cfg.batch_tokens}, splitter(tokenizer, rm.room, cfg)
     steps = count_steps(cfg.epochs, cfg.seed, **plan)
     rows = [n for lengths in row_sizes(groups) for n in lengths]
     check_training(rm.config, min(cfg.micro_batch, cfg.batch_tokens, sum(rows)), cfg, device.type)
@@ -169,7 +169,7 @@ def main(cfg):
         if curve.over:
             break
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
-        parts = ranking_backward(rm, [groups[i] for i in index], cfg.micro_batch, device)
+        parts = ranking_backward(rm, split([groups[i] for i in index], step), cfg.micro_batch, device)
         curve.add(**clip_and_step(rm, optimizer, 1.0, step, parts))
         curve.look(step, run.log)
         if step % 25 == 0 or step in (1, steps) or curve.over:

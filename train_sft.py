@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data.bpe_dropout import splitter
 from data.examples import encode_demonstrations, open_data, pad, response_mask, row_sizes
 from data.records import read_sft
 from data.split import read_split
@@ -44,6 +45,7 @@ class Config(Shared, GPTConfig):
     dropout: float = bounded(None, 0, 0.99)
     # training
     epochs: float = None  # passes over the demonstrations
+    bpe_dropout: float = bounded(None, 0, 0.99)  # share of tokens that are split in two, others in each step
     batch_tokens: int = None  # tokens in an optimizer step, padding included
     micro_batch: int = 16384  # tokens in a forward pass; without dropout it changes no result
     lr: float = bounded(None, 0)  # peak of the learning rate
@@ -113,7 +115,7 @@ def main(cfg):
     prepare(gpt, device, cfg)
     rows = encode_demonstrations(train, tokenizer, gpt.config.block_size, "sft.jsonl")
     val_rows = encode_demonstrations(val, tokenizer, gpt.config.block_size, "sft_val.jsonl")
-    optimizer = make_optimizer(gpt, cfg)
+    split, optimizer = splitter(tokenizer, gpt.config.block_size, cfg), make_optimizer(gpt, cfg)
     plan = {"lengths": [n for [n] in row_sizes(rows)], "budget": cfg.batch_tokens}
     at_once = min(cfg.micro_batch, cfg.batch_tokens, sum(plan["lengths"]))
     check_training(gpt.config, at_once, cfg, device.type)
@@ -130,7 +132,7 @@ def main(cfg):
         if curve.over:
             break
         lr = set_lr(optimizer, cfg.lr, step - 1, steps, warmup=20, floor=0.1)
-        parts, count = sft_backward(gpt, [rows[i] for i in index], cfg.micro_batch, device)
+        parts, count = sft_backward(gpt, split([rows[i] for i in index], step), cfg.micro_batch, device)
         numbers = clip_and_step(gpt, optimizer, 1.0, step, parts)
         curve.add(**numbers | {"loss": numbers["loss"] / count})
         curve.look(step, run.log)

@@ -10,11 +10,11 @@ and make rankings with the means as "ratings". A text without a prompt is a demo
 first 2 to 5 words, the prompt, and the rest. Nothing that exists is overwritten.
 """
 import argparse
-import math
 import random
 import shlex
 import sys
 from collections import defaultdict
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from data.records import check_line
 from data.rows import NAMES, Found
 from data.split import held_out, place
 from data.tables import FORMS
+from data.tokenizer import train_tokenizer
 
 FEW = 20  # with fewer prompts than this the responses say what is held out
 LARGEST = 9  # more rated responses to a prompt are ranked as texts without a prompt are: in lists of K
@@ -33,6 +34,7 @@ K, EACH = 4, 6  # each text is in EACH lists of K
 PAIRS = 3000  # held out, at most
 SEED = 1
 PLAIN = "; in a plain text blank lines stand between texts, or give --split (lines: --split $'\\n')"
+SOME = 10**6  # characters that a tokenizer is trained on to tell lengths, which takes two seconds
 KINDS = {"sft": "demonstrations", "preferences": "rankings", "prompts": "prompts"}
 
 
@@ -144,12 +146,17 @@ def advise(folder, files):
     texts = [(line["prompt"], line["completion"]) for line in files["sft.jsonl"]]
     rows = texts + [(line["prompt"], text) for line in files["preferences.jsonl"]
                     for text in line.get("responses") or [line["chosen"], line["rejected"]]]
-    vocabulary = rules.vocab_size([part for pair in texts or rows for part in pair])
-    size = 2.1 + (math.log2(vocabulary) - 9) / 2  # bytes of a token, as measured on film reviews
-    lengths = sorted(math.ceil(len("".join(row).encode()) / size) for row in rows) or [1]
-    print(f"lengths in tokens, at {size:.1f} bytes each: half up to {lengths[len(lengths) // 2]}, 99% up to "
-          f"{lengths[len(lengths) * 99 // 100]}, longest {lengths[-1]}; this asks for about --vocab-size "
-          f"{vocabulary} --block-size {rules.block_size(lengths)}, which train_sft.py finds itself\n\nnext:")
+    if any(map("".join, rows)):
+        size = accumulate(len("".join(row)) for row in texts or rows)
+        first = [row for row, n in zip(texts or rows, size, strict=True) if n <= SOME] or (texts or rows)[:1]
+        tokenizer = train_tokenizer((part for row in first for part in row), rules.VOCABULARY)
+        step = max(1, len(rows) // 5000)
+        lengths = sorted(len(tokenizer.encode("".join(row))) + 1 for row in rows[::step])
+        print(f"lengths in tokens: half up to {lengths[len(lengths) // 2]}, 99% up to "
+              f"{lengths[len(lengths) * 99 // 100]}, longest {lengths[-1]}; this asks for about --vocab-size "
+              f"{tokenizer.vocab_size} --block-size {rules.block_size(lengths)}, which train_sft.py finds "
+              "itself")
+    print("\nnext:")
     where = shlex.join(["--data", str(folder), "--out", f"out/{folder.resolve().name}"])
     if texts:
         print(f"  python train_sft.py {where}")

@@ -9,13 +9,8 @@ import zlib
 
 WIDTH = 128  # of the network that the rates were found with
 STEPS = 300  # in a run, at least
+VOCABULARY = 8192  # of a BPE that is trained here; fewer where no pair of tokens occurs twice
 MUCH = 1_500_000  # tokens of ranked texts; with fewer the reward model reads a response more than once
-
-
-def vocab_size(texts):
-    """Of a BPE that is trained on these texts: 150 bytes a token, from 512 to 8192."""
-    size = sum(len(text.encode()) for text in texts)
-    return 2 ** min(13, max(9, round(math.log2(max(1, size) / 150))))
 
 
 def density(examples):
@@ -43,7 +38,7 @@ def sft(tokens, parameters, width, density, init, epochs=None):
     few = max(0, passes - 3) / 13  # from 0 to 1
     epochs = epochs or passes
     rate = 4e-3 * min(1, WIDTH / width) ** (2 if init else 1)
-    return {"epochs": float(epochs), "dropout": round(0.3 * few, 2),
+    return {"epochs": float(epochs), "dropout": round(0.3 * few, 2), "bpe_dropout": round(0.2 * few, 2),
             "batch_tokens": _batch(2048, tokens, 200, epochs), "lr": _round(rate * (1 - few / 2))}
 
 
@@ -53,9 +48,9 @@ def rm(tokens, different, width, epochs=None):
     passes = min(24, max(MUCH, tokens) / different)  # of a response, that may be in several rankings
     few = min(1, (round(passes) - 1) / 5)  # from 0 to 1
     epochs = epochs or max(1, round(passes * different / tokens))
-    rate = 5e-4 * (1 + few) * min(1, WIDTH / width) ** 2
-    return {"pool": "mean" if few else "last", "epochs": float(epochs), "dropout": round(0.3 * few, 2),
-            "batch_tokens": _batch(1792, tokens, 2800, epochs), "lr": _round(rate)}
+    return {"epochs": float(epochs), "bpe_dropout": round(0.2 * few, 2),
+            "batch_tokens": _batch(1792, tokens, 2800, epochs),
+            "lr": _round(5e-4 * min(1, WIDTH / width) ** 2)}
 
 
 def max_new_tokens(room, lengths):

@@ -69,6 +69,12 @@ class Tokenizer:
             raise UserError(f"id {wrong[0]} is not in {self.name}, which has {self.vocab_size} ids")
         return self.encoding.decode(ids)
 
+    def halves(self):
+        """{id: the two ids that it was merged from}; a byte has none, nor has what no merge makes."""
+        ranks = _parse(self.bpe, self.name) if self.bpe else {}
+        parts = ((id, _last_parts(token, ranks)) for token, id in ranks.items())
+        return {id: tuple(ranks[part] for part in two) for id, two in parts if len(two) == 2}
+
     def spec(self):
         """A dict of strings for a checkpoint, from which `from_spec` rebuilds this tokenizer."""
         return {"name": self.name} if self.bpe is None else {"name": self.name, "bpe": self.bpe}
@@ -277,6 +283,19 @@ def _merge(pair, where, line, counts, places):
                 new_pairs.add(new)
     del counts[pair]
     return new_pairs
+
+
+def _last_parts(token, ranks):
+    """The parts that a token has when all merges but the last are done."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [a + b for a, b in pairwise(parts)]
+        first = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+        if first not in ranks:
+            break
+        i = pairs.index(first)
+        parts[i : i + 2] = [first]
+    return parts
 
 
 # ---- command line ----

@@ -43,8 +43,8 @@ def compare(lead, unit, other, curve, chance=0.0):
     if -lead <= chance:
         return f"the network is behind {other} by {-lead:.3g} {unit}, which may be chance"
     cause = ("it was still improving when it ended: raise --epochs" if not curve.idle else
-             "it knows the training texts better than others, by heart: raise --dropout, lower --lr, or add "
-             "data" if curve.by_heart else
+             "it knows the training texts better than others, by heart: raise --bpe-dropout, lower --lr, or "
+             "add data" if curve.by_heart else
              "it has learned little from the training texts, too: try another --lr, or more --epochs")
     return f"warning: the network is behind {other} by {-lead:.3g} {unit}; {cause}"
 

@@ -87,7 +87,7 @@ def trained(train, vocab_size):
         return (text for example in train for text in example)
 
     def spec():
-        made = train_tokenizer(texts(), vocab_size or rules.vocab_size(texts())).spec()
+        made = train_tokenizer(texts(), vocab_size or rules.VOCABULARY).spec()
         return np.frombuffer(json.dumps(made).encode(), np.uint8)
 
     return from_spec(json.loads(derived(train, "bpe", spec, vocab_size).tobytes()))
@@ -138,7 +138,7 @@ def ranked_tokens(train, tokenizer):
 def start_rm(cfg, sft, folder):
     """Config of train_rm.py, the path of the SFT model and the folder of the data -> (GPT, its tokenizer,
     training rankings, held-out ones, Config with every flag filled in). UserError: an unknown --pool."""
-    if cfg.pool not in (None, *RewardModel.POOLS):
+    if cfg.pool not in RewardModel.POOLS:
         raise UserError(f"--pool {cfg.pool}: expected one of {', '.join(RewardModel.POOLS)}")
     gpt, tokenizer = load(GPT, sft), load_tokenizer(sft)
     train, val = read_split(read_preferences, folder / "preferences.jsonl", cfg)

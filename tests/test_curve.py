@@ -285,7 +285,7 @@ def test_the_curve_of_a_reward_model_is_that_of_its_report(models):
 @pytest.mark.parametrize("lead, idle, said", [
     (0.5, 0, "the network is ahead of pairs by 0.5 nats"), (0.0, 0, "level with pairs"),
     (-0.25, 0, "behind pairs by 0.25 nats; it was still improving when it ended: raise --epochs"),
-    (-0.25, 1, "it knows the training texts better than others, by heart: raise --dropout, lower --lr, or "),
+    (-0.25, 1, "it knows the training texts better than others, by heart: raise --bpe-dropout, lower --lr"),
     (-0.25, 2, "it has learned little from the training texts, too: try another --lr, or more --epochs")])
 def test_sentences_beside_a_baseline(lead, idle, said):
     made = follow(losses(3, 2, 1), steps=3)[0]

@@ -39,9 +39,9 @@ SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": ppo}
 pytestmark = pytest.mark.slow
 SMALL = ["--data", "data", "--device", "cpu"]
 FLAGS = {
-    "sft": [*SMALL, *"--tokenizer bytes --n-layer 1 --n-head 2 --d-model 16 --block-size 32 "
-            "--batch-tokens 64 --epochs 5 --dropout 0.1 --save-every 3".split()],
-    "rm": [*SMALL, *"--batch-tokens 128 --epochs 4 --dropout 0.1 --save-every 3".split()],
+    "sft": [*SMALL, *"--vocab-size 270 --n-layer 1 --n-head 2 --d-model 16 --block-size 32 "
+            "--batch-tokens 64 --epochs 5 --dropout 0.1 --bpe-dropout 0.3 --save-every 3".split()],
+    "rm": [*SMALL, *"--batch-tokens 128 --epochs 4 --dropout 0.1 --bpe-dropout 0.3 --save-every 3".split()],
     "ppo": [*SMALL, *"--updates 12 --batch 6 --max-new-tokens 8 --epochs 2 --minibatches 2 --micro-batch 64 "
             "--lr 3e-3 --critic-lr 3e-3 --kl-target 0.5 --kl-horizon 60 --ptx-coef 0.5 --show 0 "
             "--save-every 1".split()],
