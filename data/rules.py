@@ -32,13 +32,17 @@ def sft(tokens, parameters, width, density, init, epochs=None):
 
     Up to 4 times a repetition is as good as new text (Muennighoff et al. 2023). Little text is read more
     often, with dropout and a lower rate: 2.5 tokens a parameter in all, fewer where the texts are much alike.
-    A trained network (init) knows what text is like.
+    Varied text that would need over 20 passes for that is read in other tokens each time. A trained network
+    (init) knows what text is like.
     """
-    passes = 1 if init else min(16, max(3, round(min(2.5, 10 * density) * parameters / tokens)))
+    wanted = 1 if init else min(2.5, 10 * density) * parameters / tokens
+    passes = 1 if init else min(16, max(3, round(wanted)))
     few = max(0, passes - 3) / 13  # from 0 to 1
     epochs = epochs or passes
+    varied = min(1, max(0, 5 * density - 1))  # 0 for the stories, 1 for English
+    bpe_dropout = round(varied * min(0.2, max(0, wanted - 20) / 100), 2)
     rate = 4e-3 * min(1, WIDTH / width) ** (2 if init else 1)
-    return {"epochs": float(epochs), "dropout": round(0.3 * few, 2), "bpe_dropout": round(0.2 * few, 2),
+    return {"epochs": float(epochs), "dropout": round(0.3 * few, 2), "bpe_dropout": bpe_dropout,
             "batch_tokens": _batch(2048, tokens, 200, epochs), "lr": _round(rate * (1 - few / 2))}
 
 

@@ -40,7 +40,12 @@ def test_the_stories_get_what_their_results_were_made_with():
 def test_less_data_is_read_more_often_in_other_tokens():
     much, few = (rules.sft(tokens, 2_000_000, 128, 0.4, "") for tokens in (2_000_000, 200_000))
     assert (much["epochs"], much["dropout"], much["bpe_dropout"], much["lr"]) == (3, 0, 0, 4e-3)
-    assert (few["epochs"], few["dropout"], few["bpe_dropout"], few["lr"]) == (16, 0.3, 0.2, 2e-3)
+    assert (few["epochs"], few["dropout"], few["bpe_dropout"], few["lr"]) == (16, 0.3, 0.05, 2e-3)
+    least = rules.sft(50_000, 2_000_000, 128, 0.4, "")
+    assert least == few | {"bpe_dropout": 0.2, "batch_tokens": least["batch_tokens"]}
+    assert rules.sft(244_884, 1_854_208, 128, 0.41, "")["bpe_dropout"] == 0  # film reviews
+    alike, between = (rules.sft(2_000, 2_000_000, 128, density, "") for density in (0.12, 0.3))
+    assert (alike["bpe_dropout"], between["bpe_dropout"]) == (0, 0.1)
     much, few = rules.rm(10**7, 10**7, 128), rules.rm(200_000, 200_000, 128)
     assert (much["bpe_dropout"], few["bpe_dropout"], much["lr"], few["lr"]) == (0, 0.2, 5e-4, 5e-4)
     assert few["epochs"] == 8 and rules.rm(1_500_000, 250_000, 128)["epochs"] == 1  # a text is seen 6 times
@@ -53,7 +58,7 @@ def test_between_few_and_much():
     for given in (None, 1.0):
         sft = rules.sft(500_000, 2_000_000, 128, 0.4, "", given)
         assert (sft["epochs"], sft["dropout"], sft["lr"]) == (given or 10, 0.16, 2.9e-3)
-        assert sft["bpe_dropout"] == 0.11
+        assert sft["bpe_dropout"] == 0
         rm = rules.rm(500_000, 500_000, 128, given)
         assert (rm["epochs"], rm["bpe_dropout"]) == (given or 3, 0.08)
     assert rules.sft(500_000, 2_000_000, 128, 0.2, "")["epochs"] == 8
