@@ -196,8 +196,8 @@ def test_ratings_are_standardised_alike(tmp_path, monkeypatch):
 def run_all(data, out, **more):
     where = {"data": str(data), "out": str(out), **more}
     free = {"tokenizer": "", "block_size": None, "vocab_size": 270}  # for these there are rules
-    train_sft.main(train_sft.Config(**where, **SIZES | free, epochs=1))
-    train_rm.main(train_rm.Config(**where, **RM | {"pool": None}))
+    train_sft.main(train_sft.Config(**where, **SIZES | free, epochs=1, bpe_dropout=0.3))
+    train_rm.main(train_rm.Config(**where, **RM | {"bpe_dropout": 0.3}))
     ppo.main(ppo.Config(**where, **PPO, ptx_coef=0.5))
 
 
