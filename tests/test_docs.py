@@ -16,8 +16,12 @@ FOREIGN = {"--max-restarts", "--nnodes", "--nproc-per-node", "--rdzv-backend", "
            "--rope-base", "--dataset"}  # of a patch, and of rewardbench
 
 
+SAMPLE = re.compile(r"^  (SFT|PPO) \(score .*$", re.MULTILINE)  # what a model wrote
+
+
 def mentioned(pattern, pages=PAGES):
-    return [(path, match) for path in pages for match in re.findall(pattern, path.read_text())]
+    return [(path, match) for path in pages
+            for match in re.findall(pattern, SAMPLE.sub("", path.read_text()))]
 
 
 @cache
