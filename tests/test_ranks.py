@@ -38,8 +38,8 @@ from lib.resume import Run, get_state
 pytestmark = pytest.mark.slow
 SCRIPTS = {"sft": train_sft, "rm": train_rm, "ppo": ppo}
 # without biases: the gradient of those of keys is 0, and Adam makes steps of its rounding
-FLAGS = {"sft": "--vocab-size 270 --bpe-dropout 0.3 --n-layer 1 --n-head 2 --d-model 32 --block-size 32 --no-bias --dropout 0 "
-                "--batch-tokens 200 --micro-batch 100 --epochs 5 --lr 1e-3",
+FLAGS = {"sft": "--vocab-size 270 --bpe-dropout 0.3 --n-layer 1 --n-head 2 --d-model 32 --block-size 32 "
+                "--no-bias --dropout 0 --batch-tokens 200 --micro-batch 100 --epochs 5 --lr 1e-3",
          "rm": "--batch-tokens 500 --micro-batch 200 --epochs 5 --bpe-dropout 0.3 --lr 1e-3 --pool last",
          "ppo": "--updates 5 --batch 9 --max-new-tokens 8 --epochs 2 --minibatches 2 --micro-batch 100 "
                 "--lr 1e-3 --critic-lr 1e-3 --ptx-coef 0.3 --kl-target 1 --show 1 --save-every 2"}
