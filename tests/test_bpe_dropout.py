@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import BYTES, SIZES, jsonl
+from helpers import BYTES, SIZES, jsonl, make_data
 
 import train_rm
 import train_sft
@@ -46,10 +46,10 @@ def test_halves_make_up_the_token_and_bytes_have_none(bpe):
 
 
 def test_a_token_that_no_merge_makes_stays_whole():
-    """A BPE file may hold such."""
-    ranks = {bytes([i]): i for i in range(256)} | {b"xyz": 256, b"ab": 257, b"abc": 258}
+    """A BPE file may hold such. Of two merges the one that was learned first is done first."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"xyz": 256, b"ab": 257, b"abc": 258, b"bc": 259}
     made = tokenizers._from_ranks("", ranks, tokenizers._dump(ranks))
-    assert made.halves() == {257: (97, 98), 258: (257, 99)}
+    assert made.halves() == {257: (97, 98), 258: (257, 99), 259: (98, 99)}
 
 
 def test_split_tokens_spell_the_same_text(bpe):
@@ -104,6 +104,24 @@ def test_what_would_not_fit_stays_whole(bpe):
         rows = [row for one in made for row in (one.rows if isinstance(one, Ranking) else one[:1])]
         assert max(map(len, rows)) <= room
         assert any(a == b for a, b in zip(made, examples, strict=True)) and made != [*examples]
+
+
+def test_what_just_fits_is_split(bpe):
+    cfg = SimpleNamespace(bpe_dropout=0.4, seed=1)
+    one = rows_of(bpe)[0][:1]
+    longest = splitter(bpe, 99, cfg)(one, 1)
+    room = len(longest[0][0])
+    assert splitter(bpe, room, cfg)(one, 1) == longest != one == splitter(bpe, room - 1, cfg)(one, 1)
+
+
+def test_the_scripts_split_anew_in_each_step(tmp_path, monkeypatch):
+    make_data(tmp_path)
+    for module, more in ((train_sft, SIZES), (train_rm, {"batch_tokens": 512})):
+        seen = []
+        monkeypatch.setattr(module, "splitter",
+                            lambda *_, seen=seen: lambda examples, step: seen.append(step) or examples)
+        module.main(module.Config(**more | {"data": str(tmp_path), "out": str(tmp_path), "epochs": 4.0}))
+        assert seen == [*range(1, len(seen) + 1)] and len(seen) > 3
 
 
 def test_the_scripts_train_on_split_tokens_and_measure_on_whole_ones(tmp_path, monkeypatch, bpe):

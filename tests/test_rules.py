@@ -20,7 +20,7 @@ from lib import threads
 from lib.checkpoint import load
 from lib.flags import check_pairs, flags
 from lib.rewards import score_rows
-from lib.start import fill, fit_responses, sft_by_rule, start_rm, start_sft
+from lib.start import fill, fit_responses, sft_by_rule, start_rm, start_sft, trained
 
 
 def test_the_stories_get_what_their_results_were_made_with():
@@ -127,6 +127,15 @@ def test_batches_grow_with_the_data():
         assert sizes == sorted(sizes) and sizes[0] == 256 and sizes[2] <= 5000 and sizes[-1] == 16_384
         few = rule(10**4)
         assert 10**4 * few["epochs"] / few["batch_tokens"] >= 300
+
+
+def test_the_vocabulary_is_as_large_as_the_text_gives(monkeypatch):
+    assert rules.VOCABULARY == 8192
+    train = [("", " ".join(f"{a}{b}ing" for b in "klmn")) for a in "abcdefgh"] * 2
+    most = trained(train, None).vocab_size
+    assert 300 < most < 8192
+    monkeypatch.setattr(rules, "VOCABULARY", 290)
+    assert trained(train, None).vocab_size == 290 and trained(train, 280).vocab_size == 280
 
 
 @pytest.mark.parametrize("longest, wanted", [(1, 64), (60, 96), (100, 128), (5000, 1024)])
