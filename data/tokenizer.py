@@ -70,9 +70,10 @@ class Tokenizer:
         return self.encoding.decode(ids)
 
     def halves(self):
-        """{id: the two ids that it was merged from}; a byte has none, nor has what no merge makes."""
+        """{id: the two ids that it was merged from}; a byte has none, nor has what no merge makes, nor,
+        as that takes time, a token of more than 64 bytes."""
         ranks = _parse(self.bpe, self.name) if self.bpe else {}
-        parts = ((id, _last_parts(token, ranks)) for token, id in ranks.items())
+        parts = ((id, _last_parts(token, ranks)) for token, id in ranks.items() if len(token) <= 64)
         return {id: tuple(ranks[part] for part in two) for id, two in parts if len(two) == 2}
 
     def spec(self):

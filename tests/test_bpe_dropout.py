@@ -52,6 +52,11 @@ def test_a_token_that_no_merge_makes_stays_whole():
     assert made.halves() == {257: (97, 98), 258: (257, 99), 259: (98, 99)}
 
 
+def test_tokens_of_long_words_take_no_time():
+    made = train_tokenizer(["".join(random.Random(0).choices("ACGT", k=1500))] * 2, 8192)
+    assert max(len(made.encoding.decode_single_token_bytes(id)) for id in made.halves()) <= 64
+
+
 def test_split_tokens_spell_the_same_text(bpe):
     halves = bpe.halves()
     for text in TEXTS:
