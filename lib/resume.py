@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import UserError, replace
+from data.files import UserError, json_object, replace
 from lib import ranks
 from lib.checkpoint import (
     agrees,
@@ -133,7 +133,7 @@ class Run:
         self.parts = parts | {f"rng{i}": generator for i, generator in enumerate(generators)}
         with ranks.first_goes_ahead():
             if saved:
-                self._restore(saved, steps)
+                self._restore(saved, steps, cfg)
             elif self.path.exists() and not ranks.RANK:  # else the log of an unfinished run is worth nothing
                 keep_previous(self.running_log)
                 keep_previous(self.path)
@@ -157,7 +157,7 @@ class Run:
         self._seed_dropout()
         return self.step
 
-    def _restore(self, saved, steps):
+    def _restore(self, saved, steps, cfg):
         """Check the whole saved state, then load it. UserError: it is not a state of this run."""
         if self.dropout and (were := saved.get("processes", 1)) != ranks.COUNT:
             raise UserError("--resume: what dropout drops depends on the number of processes; the run in "
@@ -167,6 +167,7 @@ class Run:
             replace(self.log_path, self.running_log)  # killed within `finish`
         if fingerprint(self.running_log, log) != log:
             raise UserError(f"--resume: {self.running_log} is missing, or is not the log of that run")
+        self._check_rules(cfg)
         try:
             ends = saved.setdefault("steps", steps)
             if (step != saved["step"] or type(ends) is not int or not step <= ends <= steps
@@ -183,6 +184,19 @@ class Run:
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[-1].strip()
             raise UserError(f"{self.path} does not fit this run ({why:.300})") from None
+
+    def _check_rules(self, cfg):
+        """UserError: a flag that nobody gave has another value than the run began with, as data/rules.py has
+        changed since. What the log's first line does not name was not there yet, and so off."""
+        with open(self.running_log, "rb") as file:
+            line = json_object(file.readline())
+        was = line.get("config") if isinstance(line.get("config"), dict) else {}
+        changed = [f"--{field.name.replace('_', '-')} was {was.get(field.name)!s:.50}, is {value}"
+                   for field in dataclasses.fields(cfg) if field.default is None
+                   if (value := getattr(cfg, field.name) or 0) != (was.get(field.name) or 0)]
+        if changed:
+            raise UserError(f"--resume: the rules for flags have changed since the run in {self.path} began: "
+                            f"{', '.join(changed)}; go on with that version, or drop --resume")
 
     def after(self, step, last=False):
         """Call after every step: saves when due and at the last one, exits if a signal asked for it, here or

@@ -23,7 +23,7 @@ import train_sft
 from data import files
 from data.examples import encode_demonstrations, encode_prompts, encode_rankings, prompt_room
 from data.files import UserError, atomic_file
-from lib import report, resume
+from lib import report, resume, start
 from lib.checkpoint import load, load_tokenizer, save
 from lib.common import Log, set_lr
 from lib.resume import Run
@@ -595,6 +595,29 @@ def test_a_state_from_before_a_flag_existed_is_resumed_at_its_default(stopped, m
     torch.save(state, path)
     with pytest.raises(UserError, match="different settings: --bias was True"):
         sft(epochs=0.1, out="sft_out", resume=True, bias=False)
+    monkeypatch.setattr(train_sft, "shuffled", lambda **plan: pytest.exit("it goes on"))
+    with pytest.raises(pytest.exit.Exception, match="it goes on"):
+        sft(epochs=0.1, out="sft_out", resume=True)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_does_not_go_on_by_other_rules(stopped, monkeypatch, known):
+    """Whether its version had the flag, or not: then it was off."""
+    monkeypatch.chdir(stopped)
+    path, log = Path("sft_out/sft.state.pt"), Path("sft_out/sft.state.jsonl")
+    if not known:
+        first, rest = log.read_bytes().split(b"\n", 1)
+        line = json.loads(first)
+        assert line["config"].pop("bpe_dropout") == 0
+        log.write_bytes(json.dumps(line).encode() + b"\n" + rest)
+        print_of = resume.fingerprint(log, {"size": log.stat().st_size})
+        torch.save(torch.load(path, weights_only=True) | {"log": print_of}, path)
+    shipped = start.only_own_tokens
+    monkeypatch.setattr(start, "only_own_tokens", lambda *args: shipped(*args) | {"bpe_dropout": 0.2})
+    was = "0.0" if known else "None"
+    with pytest.raises(UserError, match=f"rules for flags have changed .*--bpe-dropout was {was}, is 0.2;"):
+        sft(epochs=0.1, out="sft_out", resume=True)
+    monkeypatch.setattr(start, "only_own_tokens", shipped)
     monkeypatch.setattr(train_sft, "shuffled", lambda **plan: pytest.exit("it goes on"))
     with pytest.raises(pytest.exit.Exception, match="it goes on"):
         sft(epochs=0.1, out="sft_out", resume=True)
