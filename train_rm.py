@@ -19,7 +19,6 @@ import torch.nn.functional as F
 
 from data.bpe_dropout import splitter
 from data.examples import encode_prompts, encode_rankings, open_data, pad, prompt_room, row_sizes, standardise
-from data.files import UserError
 from data.records import read_prompts
 from data.split import read_training
 from lib.checks import check_model
@@ -147,14 +146,13 @@ def main(cfg):
     gpt, rm = (prepare(model, device, cfg) for model in (gpt, rm))
     groups = standardise(encode_rankings(train, tokenizer, rm.room, "preferences.jsonl"))
     val_groups = encode_rankings(val, tokenizer, rm.room, "preferences_val.jsonl")
-    if cfg.wide_gap and not any(group.gold for group in val_groups):
-        raise UserError('--wide-gap: no ranking in preferences_val.jsonl has "gold"')
     file = folder / "prompts.jsonl"
     texts = read_training(read_prompts, file, cfg) if file.exists() else [x[0] for x in train[:512]]
     prompts = encode_prompts(texts[:512], tokenizer, prompt_room(rm.room, cfg.max_new_tokens), file.name)
 
     optimizer = torch.optim.AdamW(rm.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    plan, split = {**sizes(groups), "budget": cfg.batch_tokens}, splitter(tokenizer, rm.room, cfg)
+    split = splitter(tokenizer, rm.room, cfg)
+    plan = {**sizes(groups), "budget": cfg.batch_tokens}
     steps = count_steps(cfg.epochs, cfg.seed, **plan)
     rows = [n for lengths in row_sizes(groups) for n in lengths]
     check_training(rm.config, min(cfg.micro_batch, cfg.batch_tokens, sum(rows)), cfg, device.type)

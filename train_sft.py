@@ -115,7 +115,8 @@ def main(cfg):
     prepare(gpt, device, cfg)
     rows = encode_demonstrations(train, tokenizer, gpt.config.block_size, "sft.jsonl")
     val_rows = encode_demonstrations(val, tokenizer, gpt.config.block_size, "sft_val.jsonl")
-    split, optimizer = splitter(tokenizer, gpt.config.block_size, cfg), make_optimizer(gpt, cfg)
+    split = splitter(tokenizer, gpt.config.block_size, cfg)
+    optimizer = make_optimizer(gpt, cfg)
     plan = {"lengths": [n for [n] in row_sizes(rows)], "budget": cfg.batch_tokens}
     at_once = min(cfg.micro_batch, cfg.batch_tokens, sum(plan["lengths"]))
     check_training(gpt.config, at_once, cfg, device.type)

@@ -60,6 +60,7 @@ def start_sft(cfg, train, val, folder):
         with sizes_only():
             gpt = new_gpt(GPTConfig(**sizes | {"dropout": 0.0}))
     made, why = sft_by_rule(train, tokens, gpt, cfg)
+    made = only_own_tokens(made, cfg, tokenizer)
     if not cfg.init:
         made = {"block_size": sizes["block_size"]} | made
         if not cfg.tokenizer:
@@ -79,6 +80,14 @@ def sft_by_rule(train, tokens, gpt, cfg):
     density = rules.density(spread(train))
     return (rules.sft(tokens, parameters, width, density, cfg.init, cfg.epochs),
             f"{tokens} tokens, compressed to {density:.0%}, for {parameters} parameters of width {width}")
+
+
+def only_own_tokens(made, cfg, tokenizer):
+    """The flags `made` by rule, without splits of tokens that were not merged from texts like these: bytes
+    can't be split, and of GPT-2's nothing was measured. UserError: --bpe-dropout is given for bytes."""
+    if cfg.bpe_dropout and not tokenizer.bpe:
+        raise UserError("--bpe-dropout does nothing with bytes, of which no token was merged; remove it")
+    return made if tokenizer.bpe and tokenizer.name != "gpt2" else made | {"bpe_dropout": 0.0}
 
 
 def trained(train, vocab_size):
@@ -137,15 +146,19 @@ def ranked_tokens(train, tokenizer):
 
 def start_rm(cfg, sft, folder):
     """Config of train_rm.py, the path of the SFT model and the folder of the data -> (GPT, its tokenizer,
-    training rankings, held-out ones, Config with every flag filled in). UserError: an unknown --pool."""
+    training rankings, held-out ones, Config with every flag filled in). UserError: an unknown --pool, or
+    --wide-gap without gold."""
     if cfg.pool not in RewardModel.POOLS:
         raise UserError(f"--pool {cfg.pool}: expected one of {', '.join(RewardModel.POOLS)}")
     gpt, tokenizer = load(GPT, sft), load_tokenizer(sft)
     train, val = read_split(read_preferences, folder / "preferences.jsonl", cfg)
+    if cfg.wide_gap and not any(gold for *_, gold, _ in val):
+        raise UserError('--wide-gap: no ranking in preferences_val.jsonl has "gold"')
     size = derived(train, "size", lambda: ranked_tokens(train, tokenizer), tokenizer.spec())
     tokens, different = size.tolist()
     room = gpt.config.block_size - (cfg.pool == "token")
+    made = rules.rm(tokens, different, gpt.config.d_model, cfg.epochs)
     cfg = fill(cfg, f"{tokens} tokens of ranked responses, width {gpt.config.d_model}",
-               **rules.rm(tokens, different, gpt.config.d_model, cfg.epochs))
+               **only_own_tokens(made, cfg, tokenizer))
     cfg = fit_responses(cfg, folder, tokenizer, room)
     return load(GPT, sft, cfg.dropout) if cfg.dropout else gpt, tokenizer, train, val, cfg

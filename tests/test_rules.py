@@ -16,11 +16,12 @@ from data import prepare, rules, stories
 from data.examples import Ranking, standardise
 from data.files import UserError
 from data.records import read_sft
+from data.tokenizer import train_tokenizer
 from lib import threads
 from lib.checkpoint import load
 from lib.flags import check_pairs, flags
 from lib.rewards import score_rows
-from lib.start import fill, fit_responses, sft_by_rule, start_rm, start_sft, trained
+from lib.start import fill, fit_responses, only_own_tokens, sft_by_rule, start_rm, start_sft, trained
 
 
 def test_the_stories_get_what_their_results_were_made_with():
@@ -46,6 +47,9 @@ def test_less_data_is_read_more_often_in_other_tokens():
     assert rules.sft(244_884, 1_854_208, 128, 0.41, "")["bpe_dropout"] == 0  # film reviews
     alike, between = (rules.sft(2_000, 2_000_000, 128, density, "") for density in (0.12, 0.3))
     assert (alike["bpe_dropout"], between["bpe_dropout"]) == (0, 0.1)
+    for epochs, density in ((30.0, 0.4), (1.0, 0.9)):  # neither of them matters
+        assert rules.sft(50_000, 2_000_000, 128, density, "", epochs)["bpe_dropout"] == 0.2
+    assert rules.sft(200_000, 2_000_000, 128, 0.9, "")["bpe_dropout"] == 0.05
     much, few = rules.rm(10**7, 10**7, 128), rules.rm(200_000, 200_000, 128)
     assert (much["bpe_dropout"], few["bpe_dropout"], much["lr"], few["lr"]) == (0, 0.2, 5e-4, 5e-4)
     assert few["epochs"] == 8 and rules.rm(1_500_000, 250_000, 128)["epochs"] == 1  # a text is seen 6 times
@@ -129,6 +133,21 @@ def test_batches_grow_with_the_data():
         assert 10**4 * few["epochs"] / few["batch_tokens"] >= 300
 
 
+def test_only_tokens_of_its_own_are_split_by_rule(tmp_path):
+    made, free = {"bpe_dropout": 0.2, "lr": 1.0}, train_rm.Config()
+    own = train_tokenizer(["abab"], 300)
+    assert only_own_tokens(made, free, own) == made
+    for other in (BYTES, SimpleNamespace(bpe="some", name="gpt2")):
+        assert only_own_tokens(made, free, other) == made | {"bpe_dropout": 0}
+    make_data(tmp_path)
+    given = train_sft.Config(**SIZES, bpe_dropout=0.1)
+    with pytest.raises(UserError, match="--bpe-dropout does nothing with bytes"):
+        start_sft(given, [("p", "ab")] * 9, [("p", "ab")], tmp_path)
+    train_sft.main(train_sft.Config(**SIZES, data=str(tmp_path), out=str(tmp_path), epochs=0.1))
+    with pytest.raises(UserError, match="--bpe-dropout does nothing with bytes"):
+        start_rm(train_rm.Config(bpe_dropout=0.1), tmp_path / "sft.pt", tmp_path)
+
+
 def test_the_vocabulary_is_as_large_as_the_text_gives(monkeypatch):
     assert rules.VOCABULARY == 8192
     train = [("", " ".join(f"{a}{b}ing" for b in "klmn")) for a in "abcdefgh"] * 2
@@ -179,7 +198,7 @@ def test_the_reward_model_counts_a_response_once(tmp_path, capsys):
                                            for i in range(50) for k in range(1, 4)])
     gpt, *_, cfg = start_rm(train_rm.Config(), tmp_path / "sft.pt", tmp_path)
     assert None not in vars(cfg).values() and cfg.pool == "last" and gpt.config.dropout == 0
-    assert cfg.bpe_dropout == 0.2
+    assert cfg.bpe_dropout == 0  # of bytes
     assert cfg.epochs == round(24 * 53 / 300) == 4
     assert cfg.max_new_tokens == 32 * 4 // 5
     given = train_rm.Config(pool="token", dropout=0.1)
