@@ -97,8 +97,11 @@ def check_training(config, tokens, cfg, kind):
     """UserError: training on so many tokens at a time exceeds the memory: weights, gradients and AdamW's two
     moments, and what a block keeps for its backward pass.
 
-    That is 16C numbers a token (tools/bench_plan.py counts them), or C with --checkpoint-activations.
+    That is 16C numbers a token (tools/bench_plan.py counts them), or C with --checkpoint-activations. Tokens
+    that are split (data/bpe_dropout.py) may be twice as many, though never above --micro-batch.
     """
+    if getattr(cfg, "bpe_dropout", 0):
+        tokens = min(2 * tokens, cfg.micro_batch)
     n = sum(parameters(config.vocab_size, config.block_size, config.n_layer, config.d_model).values())
     kept = config.n_layer * (1 if cfg.checkpoint_activations else 16) * config.d_model
     needed = 4 * n * FLOAT + tokens * kept * (2 if cfg.bf16 else FLOAT)

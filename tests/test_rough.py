@@ -170,6 +170,11 @@ def test_a_batch_that_cannot_fit_is_refused(machine, folder):
     memory.check_training(config, cfg.micro_batch, cfg, "cpu")
     with pytest.raises(UserError, match="training on 1000000 tokens at a time would take 32.8 GB.*-batch"):
         memory.check_training(config, 10**6, cfg, "cpu")
+    for most, tokens in ((10**5, 12_000), (9_000, 9_000)):  # tokens that are split may be twice as many
+        split = train_sft.Config(bpe_dropout=0.2, micro_batch=most)
+        machine(600_000)
+        with pytest.raises(UserError, match=f"training on {tokens} tokens at a time"):
+            memory.check_training(config, 6_000, split, "cpu")
     machine(500_000)
     where = {"data": str(folder / "data"), "out": str(folder / "out")}
     flags = SIZES | {"batch_tokens": 2**31, "micro_batch": 2**31}
