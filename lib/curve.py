@@ -89,6 +89,11 @@ class Curve:
         return bool(self.kept) and self.looked > self.steps // 2 and long and worse
 
     @property
+    def improving(self):
+        """Whether it was getting better to the end; the look after the last step may be close to another."""
+        return self.idle <= (self.looked % self.every > 0)
+
+    @property
     def by_heart(self):
         """Whether the first number was better in training, at last, than on held-out data."""
         name, x = next(iter(self.measured.items()))

@@ -42,9 +42,9 @@ def compare(lead, unit, other, curve, chance=0.0):
         return f"the network is {f'ahead of {other} by {lead:.3g} {unit}' if lead else f'level with {other}'}"
     if -lead <= chance:
         return f"the network is behind {other} by {-lead:.3g} {unit}, which may be chance"
-    cause = ("it was still improving when it ended: raise --epochs" if not curve.idle else
-             "it knows the training texts better than others, by heart: raise --bpe-dropout, lower --lr, or "
-             "add data" if curve.by_heart else
+    cause = ("it was still improving when it ended: raise --epochs" if curve.improving else
+             "it knows the training texts better than others, by heart: raise --bpe-dropout or --dropout, "
+             "lower --lr, or add data" if curve.by_heart else
              "it has learned little from the training texts, too: try another --lr, or more --epochs")
     return f"warning: the network is behind {other} by {-lead:.3g} {unit}; {cause}"
 
@@ -388,7 +388,7 @@ def beside_best_of(chosen, after):
     by = ", ".join(f"{name} {x:+.3f}" for name, x in lead.items())
     if lead["score"] <= 0:
         why = (NONE_ENDS if after["eos"] < FEW_END else "all scores are alike" if lead["score"] == 0 else
-               "raise --updates or --kl-budget")
+               "raise --updates, or --kl-budget if the KL has come near it")
         return f"warning: PPO is not ahead of {other} ({by}): {why}"
     if lead.get("gold", 1) <= 0:
         return (f"warning: PPO is ahead of {other} by score, but not in truth ({by}): raise --kl-coef, or "

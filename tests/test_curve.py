@@ -285,7 +285,7 @@ def test_the_curve_of_a_reward_model_is_that_of_its_report(models):
 @pytest.mark.parametrize("lead, idle, said", [
     (0.5, 0, "the network is ahead of pairs by 0.5 nats"), (0.0, 0, "level with pairs"),
     (-0.25, 0, "behind pairs by 0.25 nats; it was still improving when it ended: raise --epochs"),
-    (-0.25, 1, "it knows the training texts better than others, by heart: raise --bpe-dropout, lower --lr"),
+    (-0.25, 1, "it knows the training texts better than others, by heart: raise --bpe-dropout or --dropout"),
     (-0.25, 2, "it has learned little from the training texts, too: try another --lr, or more --epochs")])
 def test_sentences_beside_a_baseline(lead, idle, said):
     made = follow(losses(3, 2, 1), steps=3)[0]
@@ -294,8 +294,17 @@ def test_sentences_beside_a_baseline(lead, idle, said):
     assert said in sentence and ("warning" in sentence) == (lead < 0)
 
 
+def test_a_look_just_after_another_does_not_end_the_improvement():
+    """Of 25 steps the last looks are after 22, 24 and 25, of 24 after 22 and 24."""
+    down = [*range(30, 19, -1)]  # until after 22
+    for n, last, improving in ((25, (19, 19.1), True), (25, (20.2, 19), True), (25, (20.2, 20.1), False),
+                               (24, (19,), True), (24, (20.1,), False)):
+        curve = follow(losses(*down, *last), steps=n)[0]
+        assert curve.looked == n and curve.improving == improving
+
+
 def test_behind_by_less_than_the_interval_has_no_cause():
-    made = SimpleNamespace(idle=0, by_heart=False)
+    made = SimpleNamespace(improving=True, by_heart=False)
     assert compare(-3.0, "points", "it", made, 5.0).endswith("is behind it by 3 points, which may be chance")
     assert "warning" in compare(-6.0, "points", "it", made, 5.0)
 

@@ -140,7 +140,7 @@ def test_the_interval_beside_ridge_regression_counts_each_text_once(capsys):
     texts = ("a good one", "a bad one", "good", "bad")
     pairs = [(good, bad) for good in texts[::2] for bad in texts[1::2]]
     groups = [Ranking([], [[1], [2]], [0, 1], ("", pair), None) for pair in pairs * 500]
-    curve = SimpleNamespace(idle=0, by_heart=False)
+    curve = SimpleNamespace(improving=True, by_heart=False)
     assert count_texts(groups) == 4
     assert report_words(0.8, groups, groups, curve) == {"ridge_accuracy": 1.0}
     assert "behind it by 20 points, which may be chance" in capsys.readouterr().out

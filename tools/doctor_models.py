@@ -179,7 +179,7 @@ def accuracies(own, gap, texts, scale=1.0):
     loss, error = -F.logsigmoid(gap * scale).mean(), calibration_error(gap * scale)
     yield Finding(f"loss {loss:.3f} nats on held-out pairs; calibration error {error:.3f}",
                   known > max(right + LIMITS["by heart"], most) and loss > LIMITS["knows nothing"], "overfit",
-                  "more pairs, fewer --epochs, or more --bpe-dropout")
+                  "more pairs, fewer --epochs, or more --bpe-dropout or --dropout")
     surest = accuracy(gap[gap.abs().argsort()[-(len(gap) // 4 or 1) :]])
     sure = surest.mean().item()
     yield Finding(f"{sure:.1%} of the quarter with the largest margins are right",
