@@ -14,7 +14,6 @@ import random
 import shlex
 import sys
 from collections import defaultdict
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
@@ -141,17 +140,26 @@ def why_none(kind, found):
     return "all ratings are equal" if same else "no prompt has two responses with different ratings"
 
 
+def within(most, rows):
+    """Those of the rows, from the first on, that have `most` characters together; if none fits, the first."""
+    some = []
+    for row in rows:
+        if (n := sum(map(len, row))) <= most:
+            some.append(row)
+            most -= n
+    return some or rows[:1]
+
+
 def advise(folder, files):
     """Print lengths, the sizes that train_sft.py will choose, and the next commands."""
     texts = [(line["prompt"], line["completion"]) for line in files["sft.jsonl"]]
     rows = texts + [(line["prompt"], text) for line in files["preferences.jsonl"]
                     for text in line.get("responses") or [line["chosen"], line["rejected"]]]
     if any(map("".join, rows)):
-        size = accumulate(len("".join(row)) for row in texts or rows)
-        first = [row for row, n in zip(texts or rows, size, strict=True) if n <= SOME] or (texts or rows)[:1]
-        tokenizer = train_tokenizer((part for row in first for part in row), rules.VOCABULARY)
-        step = max(1, len(rows) // 5000)
-        lengths = sorted(len(tokenizer.encode("".join(row))) + 1 for row in rows[::step])
+        tokenizer = train_tokenizer((part for row in within(SOME, texts or rows) for part in row),
+                                    rules.VOCABULARY)
+        lengths = sorted(sum(len(tokenizer.encode(part)) for part in row) + 1
+                         for row in rows[:: max(1, len(rows) // 5000)])
         print(f"lengths in tokens: half up to {lengths[len(lengths) // 2]}, 99% up to "
               f"{lengths[len(lengths) * 99 // 100]}, longest {lengths[-1]}; this asks for about --vocab-size "
               f"{tokenizer.vocab_size} --block-size {rules.block_size(lengths)}, which train_sft.py finds "

@@ -1,7 +1,8 @@
 """Split: which texts are held out. A hash of the text decides, so a text is always on the same side.
 
 It stays there when the file grows, is sorted in another way, or is split again; and all examples of one
-prompt are on one side, in sft.jsonl, preferences.jsonl and prompts.jsonl alike.
+prompt are on one side, in sft.jsonl, preferences.jsonl and prompts.jsonl alike. (The first words of a text
+without a prompt are no prompt here, though a demonstration has them as one.)
 """
 import hashlib
 

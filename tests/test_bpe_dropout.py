@@ -48,8 +48,9 @@ def test_halves_make_up_the_token_and_bytes_have_none(bpe):
 def test_a_token_that_no_merge_makes_stays_whole():
     """A BPE file may hold such. Of two merges the one that was learned first is done first."""
     ranks = {bytes([i]): i for i in range(256)} | {b"xyz": 256, b"ab": 257, b"abc": 258, b"bc": 259}
+    ranks |= {b"aa": 260, b"aaa": 261}  # of two places the first
     made = tokenizers._from_ranks("", ranks, tokenizers._dump(ranks))
-    assert made.halves() == {257: (97, 98), 258: (257, 99), 259: (98, 99)}
+    assert made.halves() == {257: (97, 98), 258: (257, 99), 259: (98, 99), 260: (97, 97), 261: (260, 97)}
 
 
 def test_tokens_of_long_words_take_no_time():
@@ -73,6 +74,8 @@ def test_the_share_is_that_of_tokens_which_have_halves(bpe):
     assert all(half < 256 for half in halves[id])
     made = split_tokens([id] * 10_000, halves, 0.2, rng)
     assert abs(made.count(id) / 10_000 - 0.8) < 0.02 and len(made) == 20_000 - made.count(id)
+    [(row, P)] = splitter(bpe, 99_999, SimpleNamespace(bpe_dropout=0.2, seed=1))([([id] * 10_000, 5_000)], 1)
+    assert abs(row.count(id) / 10_000 - 0.8) < 0.02 and abs(P - 6_000) < 100
 
 
 def test_each_step_splits_in_another_way_and_gives_it_again(bpe):
@@ -121,12 +124,18 @@ def test_what_just_fits_is_split(bpe):
 
 def test_the_scripts_split_anew_in_each_step(tmp_path, monkeypatch):
     make_data(tmp_path)
-    for module, more in ((train_sft, SIZES), (train_rm, {"batch_tokens": 512})):
-        seen = []
-        monkeypatch.setattr(module, "splitter",
-                            lambda *_, seen=seen: lambda examples, step: seen.append(step) or examples)
+    for module, more, fits in ((train_sft, SIZES | {"block_size": 33}, 33),
+                               (train_rm, {"batch_tokens": 512, "pool": "token"}, 32)):
+        seen, rooms = [], []
+
+        def splitter(tokenizer, room, cfg, seen=seen, rooms=rooms):
+            rooms.append(room)
+            return lambda examples, step: seen.append(step) or examples
+
+        monkeypatch.setattr(module, "splitter", splitter)
         module.main(module.Config(**more | {"data": str(tmp_path), "out": str(tmp_path), "epochs": 4.0}))
         assert seen == [*range(1, len(seen) + 1)] and len(seen) > 3
+        assert rooms == [fits]
 
 
 def test_the_scripts_train_on_split_tokens_and_measure_on_whole_ones(tmp_path, monkeypatch, bpe):
