@@ -136,10 +136,10 @@ def wait(name, args, given, ends_on_cpu):
 
 def caller():
     """The function of the project that this is for; "" where there is none, as in autograd's own thread."""
-    frame, tests = sys._getframe(2), str(ROOT / "tests")
+    frame, others = sys._getframe(2), (str(ROOT / "tests"), sys.prefix)  # an environment may lie in ROOT
     while frame:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
-        if file.startswith(str(ROOT)) and not file.startswith(tests) and not name.startswith("<"):
+        if file.startswith(str(ROOT)) and not file.startswith(others) and not name.startswith("<"):
             return name
         frame = frame.f_back
     return ""

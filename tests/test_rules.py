@@ -213,6 +213,12 @@ def test_help_says_that_it_is_by_the_data():
     assert text.count("(default by the data)") == 5 and "None" not in text
 
 
+def test_lengths_are_told_by_texts_of_so_many_characters_together():
+    long, rows = ("a", "b" * 99), [("", "ab"), ("c", "d"), ("e", "f")]
+    assert prepare.within(4, [long, *rows]) == rows[:2]
+    assert prepare.within(4, [long, long]) == [long] and prepare.within(4, []) == []
+
+
 def test_keep_is_best_or_last():
     for keep in ("best", "last"):
         check_pairs(train_rm.Config(keep=keep))
