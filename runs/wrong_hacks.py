@@ -78,7 +78,8 @@ def tried(patch, *jobs):
     """[[said, seconds], ...] of self_check and test_model, whichever are asked for."""
     with tempfile.TemporaryDirectory() as folder:
         copy, report, found = Path(folder) / "project", Path(folder) / "report", []
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", "files"))
+        others = ".git", "out", "__pycache__", "files", Path(sys.prefix).name  # an environment in the clone
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*others))
         subprocess.run(["git", "apply", Path(patch).resolve()], cwd=copy, check=True)
         for job in jobs:
             process = FORKS.Process(target=work, args=(str(copy), job, report))

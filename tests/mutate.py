@@ -236,8 +236,8 @@ def run(sources, limit, fast):
     """"caught by ..." or "survived": the tests on a copy of the project with these {file: source}."""
     with tempfile.TemporaryDirectory() as folder:
         copy_to, log = Path(folder) / "project", Path(folder) / "log"
-        shutil.copytree(ROOT, copy_to, ignore=shutil.ignore_patterns(".git", "out", "__pycache__", "runs",
-                                                                     ".pytest_cache"))
+        others = ".git", "out", "__pycache__", "runs", ".pytest_cache", Path(sys.prefix).name
+        shutil.copytree(ROOT, copy_to, ignore=shutil.ignore_patterns(*others))
         for file, source in sources.items():
             (copy_to / file).write_text(source)
         names = dict.fromkeys(" ".join(FILES[file] for file in sources).split())
